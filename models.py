@@ -1,0 +1,185 @@
+"""The multi-layer perceptron of the paper and the demo, and K of them trained as one."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The shape of the network.
+
+    Raises:
+        ValueError: a count is below 1.
+    """
+
+    hidden_layers: int
+    hidden_units: int
+    batch_norm: bool
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_layers", "hidden_units"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: at least 1")
+
+
+class MLP(nn.Module):
+    """Hidden layers of Linear, BatchNorm1d (or none), ReLU; then Linear to the class logits.
+
+    With batch norm the hidden linear layers have no bias. [released code] Weights and biases
+    are PyTorch's default initialisation, uniform in ±1/sqrt(inputs of the layer), drawn from
+    `generator`. Maps inputs [n, input_dim] to logits [n, classes].
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        settings: ModelSettings,
+        classes: int = 2,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        widths = [input_dim] + [settings.hidden_units] * settings.hidden_layers
+        self.linears = nn.ModuleList(
+            _linear(inputs, outputs, not settings.batch_norm, generator)
+            for inputs, outputs in zip(widths, widths[1:])
+        )
+        self.linears.append(_linear(widths[-1], classes, True, generator))
+        self.norms = nn.ModuleList(
+            nn.BatchNorm1d(width) for width in widths[1:] if settings.batch_norm
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = inputs
+        for layer, linear in enumerate(self.linears[:-1]):
+            hidden = linear(hidden)
+            if self.norms:
+                hidden = self.norms[layer](hidden)
+            hidden = hidden.relu()
+        return self.linears[-1](hidden)
+
+
+def _linear(inputs: int, outputs: int, bias: bool, generator: torch.Generator | None) -> nn.Linear:
+    # `nn.Linear` would draw from PyTorch's global generator.
+    linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias)
+    bound = 1 / math.sqrt(inputs)
+    for parameter in linear.parameters():
+        nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    return linear
+
+
+class StackedMLP:
+    """K copies of one MLP, trained side by side: every parameter leads with a dimension K.
+
+    The network stays the plain `MLP`: `functional_call` under `vmap` runs it on the stacked
+    parameters, so that a step is one batched matrix product a layer. The weights are kept as
+    [K, inputs, outputs], the transpose of `nn.Linear`'s: then the gradients that autograd
+    computes lie in memory as the parameters do and are not copied.
+    """
+
+    def __init__(self, network: MLP, copies: int, device: torch.device) -> None:
+        # Only the structure of the network is used: its own tensors are replaced by the stacks.
+        self.network = copy.deepcopy(network).to("meta").train()
+        parameters, buffers = stack_module_state([network] * copies)
+        self.buffers = {name: value.to(device) for name, value in buffers.items()}
+        self.parameters = {}
+        for name, value in parameters.items():
+            if name in self._weights:
+                value = value.mT.contiguous()
+            self.parameters[name] = value.detach().to(device).requires_grad_()
+
+    @property
+    def _weights(self) -> list[str]:
+        return [f"linears.{layer}.weight" for layer in range(len(self.network.linears))]
+
+    def losses(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Return each model's mean cross-entropy in nats, [K], in training mode.
+
+        All models see the same mini-batch, inputs [n, d] and labels [n]; batch-norm statistics
+        are updated.
+        """
+
+        def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+            parameters = {
+                name: value.mT if name in weights else value for name, value in parameters.items()
+            }
+            logits = functional_call(self.network, (parameters, buffers), (inputs,))
+            return nn.functional.cross_entropy(logits, labels)
+
+        weights = self._weights
+        return vmap(loss)(self.parameters, self.buffers)
+
+    @torch.no_grad()
+    def fold(self) -> list[Tensor]:
+        """Return the evaluation-mode networks as one matrix a layer, for `folded_logits`.
+
+        Batch norm is an affine map in evaluation mode and goes into the linear layer before it.
+        Biases go in as well: an extra unit that is always 1 has them as its outgoing weights,
+        which saves a pass over memory a layer. Hidden widths are padded with zeros to a
+        multiple of 8, which the matrix products like. Shapes [K, inputs + 1, width],
+        [K, width, width], ..., [K, width, classes].
+        """
+        layers = len(self.network.linears)
+        matrices = []
+        for layer in range(layers):
+            weight = self.parameters[f"linears.{layer}.weight"]
+            bias = self.parameters.get(f"linears.{layer}.bias")
+            if layer < layers - 1 and self.network.norms:
+                norm = {
+                    name: values[f"norms.{layer}.{name}"].unsqueeze(1)  # [K, 1, units]
+                    for values, names in (
+                        (self.parameters, ("weight", "bias")),
+                        (self.buffers, ("running_mean", "running_var")),
+                    )
+                    for name in names
+                }
+                epsilon = self.network.norms[layer].eps
+                scale = norm["weight"] * (norm["running_var"] + epsilon).rsqrt()
+                weight = weight * scale
+                bias = norm["bias"] - norm["running_mean"] * scale
+            else:
+                bias = bias.unsqueeze(1)
+            copies, inputs, outputs = weight.shape
+            hidden_output = layer < layers - 1
+            rows = inputs + 1 if layer == 0 else _padded(inputs)
+            columns = _padded(outputs) if hidden_output else outputs
+            matrix = weight.new_zeros(copies, rows, columns)
+            matrix[:, :inputs, :outputs] = weight
+            matrix[:, inputs : inputs + 1, :outputs] = bias
+            if hidden_output:
+                matrix[:, inputs, outputs] = 1  # the constant unit, kept alive
+            matrices.append(matrix)
+        return matrices
+
+
+def _padded(units: int) -> int:
+    """Hidden units, the constant one included, rounded up to a multiple of 8."""
+    return (units + 8) // 8 * 8
+
+
+def with_constant(inputs: Tensor) -> Tensor:
+    """Append the constant unit that carries the biases: [n, d] to [n, d + 1]."""
+    return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
+
+
+@torch.no_grad()
+def folded_logits(matrices: list[Tensor], inputs: Tensor, chunk: int) -> Tensor:
+    """Return the logits [K, n, classes] of K folded networks on inputs [n, d + 1].
+
+    `inputs` come from `with_constant`. `chunk` examples are taken through all layers before the
+    next, so that the activations stay in the cache.
+    """
+    copies = len(matrices[0])
+    logits = []
+    for rows in inputs.split(chunk):
+        hidden = rows.expand(copies, -1, -1)
+        for matrix in matrices[:-1]:
+            hidden = torch.bmm(hidden, matrix).relu_()
+        logits.append(torch.bmm(hidden, matrices[-1]))
+    return torch.cat(logits, dim=1)

@@ -1,0 +1,199 @@
+"""Draw what flooding does: train and test curves without flooding and with the chosen level.
+
+`python plot.py --run-id ID` draws the two pictures of a demo again from what MLflow has.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from train import History
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+WITHOUT_COLOR = "#D55E00"  # vermillion and blue of the Okabe-Ito colour-blind-safe palette
+WITH_COLOR = "#0072B2"
+NEUTRAL_COLOR = "#555555"
+TRAIN_STYLE = (0, (4, 2))  # dashed
+TEST_STYLE = "solid"
+
+
+def draw_demo(
+    history: History, parameters: Mapping[str, object], directory: Path
+) -> tuple[Path, Path]:
+    """Save `synth_loss.png` and `synth_acc.png` into the folder and return their paths.
+
+    Training curves are against the noisy labels that were trained on, test curves against the
+    clean ones. [released code] `parameters` are the demo's settings, as values or as strings.
+    """
+    chosen, compared = history.choose(str(parameters["select_on"]))
+    loss = _draw(
+        history, chosen, compared, parameters, "loss", "cross-entropy loss (nats)", "{:.2f}".format
+    )
+    accuracy = _draw(history, chosen, compared, parameters, "accuracy", "accuracy", "{:.1%}".format)
+    paths = directory / "synth_loss.png", directory / "synth_acc.png"
+    for figure, path in zip((loss, accuracy), paths):
+        save(figure, path)
+    return paths
+
+
+def describe(parameters: Mapping[str, object]) -> str:
+    """Return the setting of a demo in words; two halves, split by a newline."""
+    noise = float(parameters["label_noise"])
+    data = f"{parameters['dataset']}, {noise:.3g} of the labels flipped"
+    if parameters["dataset"] == "spiral":
+        data += f", spiral noise {float(parameters['spiral_noise']):g}"
+    momentum = float(parameters["momentum"])
+    batch_norm = str(parameters["batch_norm"]) == "True"
+    return (
+        f"{data}, {parameters['train_samples']} training examples; "
+        f"MLP {parameters['hidden_layers']} x {parameters['hidden_units']}"
+        f"{' with batch norm' if batch_norm else ''}\n"
+        f"{str(parameters['optimizer']).upper().replace('ADAM', 'Adam')}, "
+        f"learning rate {float(parameters['learning_rate']):g}"
+        f"{f', momentum {momentum:g}' if momentum else ''}, "
+        f"batches of {min(int(parameters['batch_size']), int(parameters['train_samples']))}, "
+        f"{parameters['epochs']} epochs; seed {parameters['seed']}"
+    )
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG to a temporary name and move it into place; closes the figure."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as file:
+        temporary = Path(file.name)
+    try:
+        figure.savefig(temporary, dpi=150)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        pyplot.close(figure)
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _draw(
+    history: History,
+    chosen: int,
+    compared: int,
+    parameters: Mapping[str, object],
+    score: str,
+    label: str,
+    number: Callable[[float], str],
+) -> Figure:
+    figure, axes = pyplot.subplots(figsize=(9, 5.2))
+    figure.subplots_adjust(left=0.085, right=0.72, top=0.83, bottom=0.11)
+    level = history.flood_levels[compared]
+    sides = [(0, "without flooding", WITHOUT_COLOR)]
+    if compared:
+        sides.append((compared, f"with flooding, b = {level:g}", WITH_COLOR))
+    ends = []
+    for model, side, color in sides:
+        for split, style in (("train", TRAIN_STYLE), ("test", TEST_STYLE)):
+            metric = f"{split}_{score}" + ("_clean" if split == "test" else "")
+            curve = history.metrics[metric][:, model]
+            axes.plot(history.epochs, curve, color=color, linestyle=style, linewidth=1.8)
+            ends.append((curve[-1], f"{split}, {side}: {number(curve[-1])}", color))
+    if score == "loss" and compared:
+        axes.axhline(level, color=NEUTRAL_COLOR, linestyle=":", linewidth=1.4, zorder=1)
+        ends.append((level, f"flood level b = {level:g}", NEUTRAL_COLOR))
+    axes.set_xlim(0, history.epochs[-1])
+    if score == "loss":
+        axes.set_ylim(bottom=0)
+    else:
+        axes.set_ylim(top=1.005)
+        axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    _label_ends(axes, ends)
+
+    title = f"{score.capitalize()} without and with flooding"
+    if compared and not chosen:
+        title += " (validation chose no flooding)"
+    figure.text(0.085, 0.945, title, fontsize=14, fontweight="bold")
+    figure.text(0.085, 0.855, describe(parameters), fontsize=9, color=NEUTRAL_COLOR)
+    handles = [
+        matplotlib.lines.Line2D([], [], color=NEUTRAL_COLOR, linestyle=TRAIN_STYLE),
+        matplotlib.lines.Line2D([], [], color=NEUTRAL_COLOR, linestyle=TEST_STYLE),
+    ]
+    figure.legend(
+        handles,
+        ["train, noisy labels", "test, clean labels"],
+        loc="upper right",
+        bbox_to_anchor=(0.995, 0.99),
+        frameon=False,
+        fontsize=9,
+    )
+    return figure
+
+
+def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
+    """Write each curve's name and end value to the right of it, pushed apart where they meet."""
+    low, high = axes.get_ylim()
+    gap = 0.055 * (high - low)
+    ends = sorted(ends)
+    heights = np.array([value for value, _, _ in ends])
+    for _ in range(200):
+        for lower in range(len(heights) - 1):
+            overlap = gap - (heights[lower + 1] - heights[lower])
+            if overlap > 0:
+                heights[lower] -= overlap / 2
+                heights[lower + 1] += overlap / 2
+        heights += max(0, low - heights[0])  # keep all of them inside the axes' height
+        heights -= max(0, heights[-1] - high)
+    for height, (value, text, color) in zip(heights, ends):
+        axes.annotate(
+            text,
+            xy=(1, value),
+            xytext=(1.035, height),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords=axes.get_yaxis_transform(),
+            color=color,
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkB": 0},
+        )
+
+
+def main() -> None:
+    from arguments import Parser, check_output_dir
+
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument("--run-id", required=True, metavar="ID", help="the demo's run in MLflow")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("."), metavar="DIR",
+        help="folder for the pictures",
+    )  # fmt: skip
+    arguments = parser.parse_args()
+    with parser.value_errors():
+        check_output_dir(arguments.output_dir)
+
+    from tracking import TrackingError, load_demo
+
+    try:
+        parameters, history = load_demo(arguments.run_id)
+    except TrackingError as error:
+        parser.error(str(error))
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    for path in draw_demo(history, parameters, arguments.output_dir):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

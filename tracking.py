@@ -1,0 +1,263 @@
+"""Log runs to MLflow, and read them back.
+
+The store is what MLFLOW_TRACKING_URI says, else `sqlite:///mlflow.db` in the current folder,
+which is what a bare `mlflow ui` there opens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from train import METRICS, History
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+import mlflow
+from mlflow.entities import Metric, Param, RunStatus
+from mlflow.exceptions import MlflowException
+
+DEMO_EXPERIMENT = "flooding-synth"
+FLUSH_SECONDS = 3.0  # what a crash loses at most
+PARENT_TAG = "mlflow.parentRunId"
+
+# The database set-up of a new store reports every migration.
+for chatty in ("mlflow", "alembic"):
+    logging.getLogger(chatty).setLevel(logging.ERROR)
+
+
+class TrackingError(Exception):
+    """The tracking store cannot be reached, or lacks what is asked of it."""
+
+
+def tracking_uri() -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
+class Store:
+    """An experiment of the tracking store, made if it is not there.
+
+    Raises:
+        TrackingError: the store cannot be reached.
+    """
+
+    def __init__(self, experiment: str) -> None:
+        uri = tracking_uri()
+        try:
+            with _few_retries():
+                self.client = mlflow.MlflowClient(uri)
+                self.experiment_id = self._experiment_id(experiment)
+        # SQLAlchemy, the HTTP client and the file system have errors of their own.
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise TrackingError(f"MLFLOW_TRACKING_URI {uri}: {reason}") from error
+
+    def _experiment_id(self, name: str) -> str:
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return self.client.create_experiment(name)
+            except MlflowException:  # another process was quicker
+                experiment = self.client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise
+        return experiment.experiment_id
+
+    @contextlib.contextmanager
+    def run(
+        self, name: str, parameters: Mapping[str, object], tags: Mapping[str, str]
+    ) -> Iterator[str]:
+        """Hold a run open and yield its id.
+
+        It ends FINISHED; FAILED where an error passes through; KILLED where the program is
+        interrupted (SystemExit, KeyboardInterrupt).
+        """
+        run = self.client.create_run(self.experiment_id, tags=dict(tags), run_name=name)
+        run_id = run.info.run_id
+        status = RunStatus.KILLED
+        try:
+            self.client.log_batch(
+                run_id, params=[Param(key, str(value)) for key, value in parameters.items()]
+            )
+            yield run_id
+            status = RunStatus.FINISHED
+        except Exception:
+            status = RunStatus.FAILED
+            raise
+        finally:
+            self.client.set_terminated(run_id, RunStatus.to_string(status))
+
+
+class DemoTracker:
+    """One demo in MLflow: a parent run, and a nested child run a flood level.
+
+    A context manager; `log_epoch` fits the hook of `train.train`. Metrics are collected and
+    written in batches every few seconds.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        parameters: Mapping[str, object],
+        flood_levels: Sequence[float],
+        device: torch.device,
+    ) -> None:
+        self._store = store
+        self._name = name
+        self._parameters = dict(parameters)
+        self._flood_levels = flood_levels
+        self._tags = environment_tags(device)
+        self._pending: list[list[Metric]] = [[] for _ in flood_levels]
+
+    def __enter__(self) -> DemoTracker:
+        with contextlib.ExitStack() as stack:
+            self.run_id = stack.enter_context(
+                self._store.run(self._name, self._parameters, self._tags)
+            )
+            self._children = [
+                stack.enter_context(
+                    self._store.run(
+                        f"flood level {level:g}" if level else "no flooding",
+                        {**self._parameters, "flood_level": level},
+                        {**self._tags, PARENT_TAG: self.run_id},
+                    )
+                )
+                for level in self._flood_levels
+            ]
+            stack.callback(self._flush)  # first to run, whatever ends the demo
+            self._stack = stack.pop_all()
+        self._flushed_at = time.monotonic()
+        return self
+
+    def __exit__(self, *exception) -> bool | None:
+        return self._stack.__exit__(*exception)
+
+    def log_epoch(self, epoch: int, metrics: Mapping[str, np.ndarray]) -> None:
+        """Take an epoch's metrics, an array [K] a name."""
+        now = int(time.time() * 1000)
+        for name, values in metrics.items():
+            for pending, value in zip(self._pending, values):
+                pending.append(Metric(name, float(value), now, epoch))
+        if time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
+            self._flush()
+
+    def _flush(self) -> None:
+        for run_id, pending in zip(self._children, self._pending):
+            while pending:
+                self._store.client.log_batch(run_id, metrics=pending[:1000])  # MLflow's limit
+                del pending[:1000]
+        self._flushed_at = time.monotonic()
+
+    def log_result(self, history: History, chosen: int, compared: int) -> None:
+        """Log to the parent the chosen level and the last epoch without and with flooding.
+
+        `chosen` and `compared` come from `History.choose`.
+        """
+        now = int(time.time() * 1000)
+        scores = {
+            "chosen_flood_level": history.flood_levels[chosen],
+            "compared_flood_level": history.flood_levels[compared],
+        }
+        for side, model in (("without_flooding", 0), ("with_flooding", compared)):
+            for metric in METRICS:
+                if metric.startswith("test_"):
+                    scores[f"{metric}_{side}"] = history.metrics[metric][-1, model]
+        self._store.client.log_batch(
+            self.run_id,
+            metrics=[
+                Metric(name, float(value), now, int(history.epochs[-1]))
+                for name, value in scores.items()
+            ],
+        )
+
+    def log_artifact(self, path: Path) -> None:
+        """Keep a file with the parent run."""
+        self._store.client.log_artifact(self.run_id, str(path))
+
+
+def load_demo(run_id: str) -> tuple[dict[str, str], History]:
+    """Read the parameters and the whole history of a demo back.
+
+    `run_id` is the parent run or one of its children.
+
+    Raises:
+        TrackingError: there is no such run, or it is no demo that logged an epoch.
+    """
+    try:
+        client = Store(DEMO_EXPERIMENT).client
+        run = client.get_run(run_id)
+        parent = client.get_run(run.data.tags.get(PARENT_TAG, run_id))
+    except MlflowException as error:
+        raise TrackingError(f"--run-id {run_id}: no such run in {tracking_uri()}") from error
+    children = client.search_runs(
+        [parent.info.experiment_id], f"tags.`{PARENT_TAG}` = '{parent.info.run_id}'"
+    )
+    children = [child for child in children if "flood_level" in child.data.params]
+    children.sort(key=lambda child: float(child.data.params["flood_level"]))
+    curves = {
+        name: [
+            {
+                point.step: point.value
+                for point in client.get_metric_history(child.info.run_id, name)
+            }
+            for child in children
+        ]
+        for name in METRICS
+    }
+    epochs = sorted(
+        set.intersection(*(set(c) for c in sum(curves.values(), []))) if children else ()
+    )
+    if not epochs:
+        raise TrackingError(f"--run-id {run_id}: no demo of {DEMO_EXPERIMENT} with logged epochs")
+    history = History(
+        np.array([float(child.data.params["flood_level"]) for child in children]),
+        np.array(epochs),
+        {
+            name: np.array([[curve[epoch] for curve in of_children] for epoch in epochs])
+            for name, of_children in curves.items()
+        },
+    )
+    return parent.data.params, history
+
+
+def environment_tags(device: torch.device) -> dict[str, str]:
+    """What the run ran on: versions, device and, in a git checkout, the commit."""
+    on_gpu = device.type == "cuda"
+    tags = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": f"cuda ({torch.cuda.get_device_name(device)})" if on_gpu else device.type,
+    }
+    with contextlib.suppress(OSError):  # git is not installed
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+        if commit.returncode == 0:
+            tags["mlflow.source.git.commit"] = commit.stdout.strip()
+    return tags
+
+
+@contextlib.contextmanager
+def _few_retries() -> Iterator[None]:
+    """Let a server that is not there be reported in seconds; MLflow retries for minutes."""
+    names = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update({name: value for name, value in names.items() if before[name] is None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
