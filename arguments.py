@@ -33,7 +33,9 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        # Under torchrun all processes find the same mistake, and one tells.
+        first = os.environ.get("RANK", "0") == "0"
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n" if first else None)
 
     @contextlib.contextmanager
     def value_errors(self) -> Iterator[None]:
@@ -123,10 +125,9 @@ def fill_defaults(arguments: argparse.Namespace) -> None:
 
 
 def settings_from(settings_class: type, arguments: argparse.Namespace):
-    """Make a settings dataclass from the flags of its fields' names."""
-    return settings_class(
-        **{field.name: getattr(arguments, field.name) for field in fields(settings_class)}
-    )
+    """Make a settings dataclass from the flags that have its fields' names."""
+    names = {field.name for field in fields(settings_class)}
+    return settings_class(**{k: value for k, value in vars(arguments).items() if k in names})
 
 
 def resolve_device(name: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -48,7 +49,7 @@ class MLP(nn.Module):
         widths = [input_dim] + [settings.hidden_units] * settings.hidden_layers
         self.linears = nn.ModuleList(
             _linear(inputs, outputs, not settings.batch_norm, generator)
-            for inputs, outputs in zip(widths, widths[1:])
+            for inputs, outputs in itertools.pairwise(widths)
         )
         self.linears.append(_linear(widths[-1], classes, True, generator))
         self.norms = nn.ModuleList(

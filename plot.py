@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from train import History
+from train import History, LevelScores
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -49,14 +49,14 @@ def draw_demo(
 def describe(parameters: Mapping[str, object]) -> str:
     """Return the setting of a demo in words; two halves, split by a newline."""
     noise = float(parameters["label_noise"])
-    data = f"{parameters['dataset']}, {noise:.3g} of the labels flipped"
+    data = f"{parameters['dataset']}, {100 * noise:.3g}% of the labels flipped"
     if parameters["dataset"] == "spiral":
         data += f", spiral noise {float(parameters['spiral_noise']):g}"
     momentum = float(parameters["momentum"])
     batch_norm = str(parameters["batch_norm"]) == "True"
     return (
         f"{data}, {parameters['train_samples']} training examples; "
-        f"MLP {parameters['hidden_layers']} x {parameters['hidden_units']}"
+        f"MLP {parameters['hidden_layers']} × {parameters['hidden_units']}"
         f"{' with batch norm' if batch_norm else ''}\n"
         f"{str(parameters['optimizer']).upper().replace('ADAM', 'Adam')}, "
         f"learning rate {float(parameters['learning_rate']):g}"
@@ -67,22 +67,24 @@ def describe(parameters: Mapping[str, object]) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG to a temporary name and move it into place; closes the figure."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as file:
-        temporary = Path(file.name)
-    try:
+    """Save a figure as PNG and close it; the file is moved into place when it is whole."""
+    with _in_place(path) as temporary:
         figure.savefig(temporary, dpi=150)
-        temporary.chmod(0o666 & ~_umask())
+    pyplot.close(figure)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file; it is moved into place when it is whole."""
+    with _in_place(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextlib.contextmanager
+def _in_place(path: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
         temporary.replace(path)
-    finally:
-        pyplot.close(figure)
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def _draw(
@@ -99,14 +101,14 @@ def _draw(
     level = history.flood_levels[compared]
     sides = [(0, "without flooding", WITHOUT_COLOR)]
     if compared:
-        sides.append((compared, f"with flooding, b = {level:g}", WITH_COLOR))
+        sides.append((compared, "with flooding", WITH_COLOR))
     ends = []
     for model, side, color in sides:
         for split, style in (("train", TRAIN_STYLE), ("test", TEST_STYLE)):
             metric = f"{split}_{score}" + ("_clean" if split == "test" else "")
             curve = history.metrics[metric][:, model]
             axes.plot(history.epochs, curve, color=color, linestyle=style, linewidth=1.8)
-            ends.append((curve[-1], f"{split}, {side}: {number(curve[-1])}", color))
+            ends.append((curve[-1], f"{number(curve[-1])}  {split}, {side}", color))
     if score == "loss" and compared:
         axes.axhline(level, color=NEUTRAL_COLOR, linestyle=":", linewidth=1.4, zorder=1)
         ends.append((level, f"flood level b = {level:g}", NEUTRAL_COLOR))
@@ -114,7 +116,10 @@ def _draw(
     if score == "loss":
         axes.set_ylim(bottom=0)
     else:
-        axes.set_ylim(top=1.005)
+        # From the worst that comes after the first epochs' climb.
+        late = history.epochs >= history.epochs[-1] / 20
+        worst = min(line.get_ydata()[late].min() for line in axes.get_lines())
+        axes.set_ylim(worst - 0.05 * (1 - worst) - 0.005, 1.005)
         axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)
@@ -169,6 +174,76 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkB": 0},
         )
+
+
+STOPPING_COLORS = {"A": "#0072B2", "B": "#E69F00"}  # blue and orange of the same palette
+STOPPING_NAMES = {"A": "A: last epoch", "B": "B: early stopping"}
+
+
+def draw_table(
+    settings: Mapping[tuple[str, float], Sequence[tuple[LevelScores, LevelScores]]], path: Path
+) -> None:
+    """Save a panel a setting: noisy-label test accuracy against the flood level, A and B.
+
+    `settings` maps (data set, label noise) to the scores of its trials, A and B each.
+    """
+    datasets = list(dict.fromkeys(dataset for dataset, _ in settings))
+    noises = sorted({noise for _, noise in settings})
+    figure, panels = pyplot.subplots(
+        len(datasets),
+        len(noises),
+        figsize=(1 + 3.6 * len(noises), 1.3 + 2.7 * len(datasets)),
+        squeeze=False,
+        sharex=True,
+        layout="constrained",
+    )
+    for row, dataset in zip(panels, datasets):
+        for axes, noise in zip(row, noises):
+            trials = settings[dataset, noise]
+            for side, (stopping, color) in enumerate(STOPPING_COLORS.items()):
+                _draw_levels(axes, [trial[side] for trial in trials], color, stopping)
+            axes.set_title(f"{dataset}, {100 * noise:g}% label noise", fontsize=10)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        row[0].set_ylabel("test accuracy")
+    for axes in panels[-1]:
+        axes.set_xlabel("flood level b (nats)")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    count = len(next(iter(settings.values())))
+    figure.suptitle(
+        f"Test accuracy (noisy labels) against the flood level: mean and standard deviation, "
+        f"{count} trial{'s' * (count > 1)}",
+        fontsize=12,
+        fontweight="bold",
+    )
+    save(figure, path)
+
+
+def _draw_levels(axes: Axes, scores: list[LevelScores], color: str, stopping: str) -> None:
+    levels = scores[0].flood_levels
+    accuracy = np.array([trial.scores["test_accuracy"] for trial in scores])  # [trials, K]
+    chosen = [trial.choose() for trial in scores]
+    name = STOPPING_NAMES[stopping]
+    mean = accuracy.mean(axis=0)
+    axes.plot(levels, mean, color=color, linewidth=1.6, label=name)
+    if len(scores) > 1:
+        deviation = accuracy.std(axis=0, ddof=1)
+        axes.fill_between(
+            levels, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0
+        )
+    axes.axhline(mean[0], color=color, linestyle=":", linewidth=1.2, label=f"{name}, b = 0")
+    axes.plot(
+        levels[chosen].mean(),
+        accuracy[np.arange(len(scores)), chosen].mean(),
+        marker="D",
+        color=color,
+        markeredgecolor="black",
+        markersize=7,
+        linestyle="none",
+        label=f"{stopping}: chosen b, its accuracy",
+    )
 
 
 def main() -> None:

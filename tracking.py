@@ -7,10 +7,14 @@ which is what a bare `mlflow ui` there opens.
 from __future__ import annotations
 
 import contextlib
+import csv
+import hashlib
+import json
 import logging
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,14 +22,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from train import METRICS, History
+from train import LEVEL_SCORES, METRICS, History, LevelScores
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 import mlflow
-from mlflow.entities import Metric, Param, RunStatus
+from mlflow.entities import Metric, Param, Run, RunStatus
 from mlflow.exceptions import MlflowException
 
 DEMO_EXPERIMENT = "flooding-synth"
+TABLE_EXPERIMENT = "flooding-table"
 FLUSH_SECONDS = 3.0  # what a crash loses at most
 PARENT_TAG = "mlflow.parentRunId"
 
@@ -81,12 +87,18 @@ class Store:
         interrupted (SystemExit, KeyboardInterrupt).
         """
         run = self.client.create_run(self.experiment_id, tags=dict(tags), run_name=name)
-        run_id = run.info.run_id
-        status = RunStatus.KILLED
-        try:
+        with self.resume(run.info.run_id) as run_id:
             self.client.log_batch(
                 run_id, params=[Param(key, str(value)) for key, value in parameters.items()]
             )
+            yield run_id
+
+    @contextlib.contextmanager
+    def resume(self, run_id: str) -> Iterator[str]:
+        """Hold a run that is there open, as `run` does."""
+        status = RunStatus.KILLED
+        try:
+            self.client.update_run(run_id, RunStatus.to_string(RunStatus.RUNNING))
             yield run_id
             status = RunStatus.FINISHED
         except Exception:
@@ -184,6 +196,106 @@ class DemoTracker:
         self._store.client.log_artifact(self.run_id, str(path))
 
 
+class TableTracker:
+    """The synthetic table in MLflow: a parent run a table, a nested child run a cell.
+
+    A cell is known by its parameters: one that is FINISHED in the store is not trained again,
+    whatever table it was trained for.
+    """
+
+    def __init__(self, store: Store, device: torch.device) -> None:
+        self._store = store
+        self._tags = environment_tags(device)
+
+    def find_or_create_table(self, name: str, parameters: Mapping[str, object]) -> str:
+        """Return the run id of the table with these parameters.
+
+        Cells that an earlier start left RUNNING when it was killed are marked KILLED: two jobs
+        are not to work on one table at a time.
+        """
+        key = self.key(parameters)
+        runs = self._search(f"tags.table_key = '{key}'")
+        if not runs:
+            with self._store.run(name, parameters, {**self._tags, "table_key": key}) as run_id:
+                return run_id
+        run_id = runs[0].info.run_id
+        for cell in self._search(f"tags.`{PARENT_TAG}` = '{run_id}' and status = 'RUNNING'"):
+            self._store.client.set_terminated(cell.info.run_id, "KILLED")
+        return run_id
+
+    def finished_cells(self) -> dict[str, str]:
+        """Return the run ids of all FINISHED cells in the store by their keys."""
+        return {
+            run.data.tags["cell_key"]: run.info.run_id
+            for run in self._search("tags.cell_key != '' and status = 'FINISHED'")
+        }
+
+    def table(self, run_id: str) -> contextlib.AbstractContextManager[str]:
+        """Hold the table's run open; it ends as `Store.run` says."""
+        return self._store.resume(run_id)
+
+    def cell(
+        self, table_id: str, name: str, parameters: Mapping[str, object]
+    ) -> contextlib.AbstractContextManager[str]:
+        """Hold a new run of a cell open and yield its id."""
+        tags = {**self._tags, PARENT_TAG: table_id, "cell_key": self.key(parameters)}
+        return self._store.run(name, parameters, tags)
+
+    def log_cell(self, run_id: str, last: LevelScores, best: LevelScores) -> None:
+        """Log a cell's chosen levels and scores, and all levels' figures as `levels.csv`.
+
+        A is without, B with early stopping, as in the paper's table.
+        """
+        now, points = int(time.time() * 1000), []
+        for side, scores in (("A", last), ("B", best)):
+            chosen = scores.choose()
+            values = {"chosen_flood_level": scores.flood_levels[chosen]}
+            for name in LEVEL_SCORES:
+                values[f"{name}_without_flooding"] = scores.scores[name][0]
+                values[f"{name}_with_flooding"] = scores.scores[name][chosen]
+            points += [Metric(f"{side}_{k}", float(v), now, 0) for k, v in values.items()]
+        columns = {"flood_level": last.flood_levels}
+        for side, scores in (("A", last), ("B", best)):
+            columns[f"{side}_epoch"] = scores.epochs
+            columns.update((f"{side}_{name}", scores.scores[name]) for name in LEVEL_SCORES)
+        lines = [",".join(columns)]
+        lines += [",".join(str(value.item()) for value in row) for row in zip(*columns.values())]
+        self._store.client.log_text(run_id, "\n".join(lines) + "\n", "levels.csv")
+        self._store.client.log_batch(run_id, metrics=points)
+
+    def load_cell(self, run_id: str) -> tuple[LevelScores, LevelScores]:
+        """Read a cell's `levels.csv` back: the scores of A and of B."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = self._store.client.download_artifacts(run_id, "levels.csv", folder)
+            with Path(path).open(newline="") as file:
+                rows = list(csv.DictReader(file))
+        columns = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+        last, best = (
+            LevelScores(
+                columns["flood_level"],
+                columns[f"{side}_epoch"].astype(int),
+                {name: columns[f"{side}_{name}"] for name in LEVEL_SCORES},
+            )
+            for side in ("A", "B")
+        )
+        return last, best
+
+    def log_artifact(self, run_id: str, path: Path) -> None:
+        """Keep a file with a run."""
+        self._store.client.log_artifact(run_id, str(path))
+
+    @staticmethod
+    def key(parameters: Mapping[str, object]) -> str:
+        """Return the key of a cell or a table: a hash of its parameters."""
+        text = json.dumps({name: str(value) for name, value in parameters.items()}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _search(self, query: str) -> list[Run]:
+        return list(
+            self._store.client.search_runs([self._store.experiment_id], query, max_results=50_000)
+        )
+
+
 def load_demo(run_id: str) -> tuple[dict[str, str], History]:
     """Read the parameters and the whole history of a demo back.
 
@@ -213,9 +325,8 @@ def load_demo(run_id: str) -> tuple[dict[str, str], History]:
         ]
         for name in METRICS
     }
-    epochs = sorted(
-        set.intersection(*(set(c) for c in sum(curves.values(), []))) if children else ()
-    )
+    logged = [set(curve) for of_children in curves.values() for curve in of_children]
+    epochs = sorted(set.intersection(*logged)) if logged else []
     if not epochs:
         raise TrackingError(f"--run-id {run_id}: no demo of {DEMO_EXPERIMENT} with logged epochs")
     history = History(

@@ -23,12 +23,16 @@ from models import MLP, StackedMLP, folded_logits, with_constant
 # through the evaluation at a time: the activations should stay in the cache of a CPU, and be
 # many on a GPU.
 EVALUATION_ROWS = {"cpu": 2_000, "cuda": 200_000, "mps": 200_000}
+# Models trained at once where there are more: the gradients and moments of few stay near a
+# core, many fill a GPU.
+MODELS_AT_ONCE = {"cpu": 8, "cuda": 204, "mps": 51}
 # Metrics stay on the device and are fetched after the epoch in which this many seconds are
 # over, so that a GPU is not made to wait for the host in every epoch.
 FETCH_SECONDS = 0.5
 
 SPLITS = ("train", "val", "test")
 SCORES = ("loss", "accuracy", "loss_clean", "accuracy_clean")
+LEVEL_SCORES = tuple(f"{split}_{score}" for split in ("val", "test") for score in SCORES)
 METRICS = (*(f"{split}_{score}" for split in SPLITS for score in SCORES), "flooded_fraction")
 
 
@@ -181,6 +185,117 @@ def train(
         np.array(flood_levels),
         np.array(epochs),
         dict(zip(METRICS, np.stack(rows).transpose(1, 0, 2))),
+    )
+
+
+@dataclass(frozen=True)
+class LevelScores:
+    """Scores of K models, one a flood level: an array [K] each, in nats and fractions.
+
+    `scores` has the names in LEVEL_SCORES; `epochs` [K] are the epochs whose weights were scored.
+    """
+
+    flood_levels: np.ndarray
+    epochs: np.ndarray
+    scores: dict[str, np.ndarray]
+
+    def choose(self) -> int:
+        """Return the index of the level with the best noisy validation accuracy."""
+        return choose_level(self.flood_levels, self.scores["val_accuracy"], self.scores["val_loss"])
+
+
+def train_early_stopping(
+    network: MLP,
+    data: Dataset,
+    flood_levels: Sequence[float],
+    settings: TrainSettings,
+    device: torch.device,
+    generator: torch.Generator,
+    on_epoch: Callable[[], None] = lambda: None,
+) -> tuple[LevelScores, LevelScores]:
+    """Train a copy of `network` for each flood level; score it without and with early stopping.
+
+    Without: the weights of the last epoch. With: those of the epoch of best noisy validation
+    accuracy, the first of equals. Only the validation split is evaluated every epoch, the test
+    split twice at the end. All levels share the data, the initial weights and the order of the
+    mini-batches; MODELS_AT_ONCE of them train together, and `on_epoch()` is called
+    `count_epochs` times. Raises what `train` raises.
+    """
+    settings.check_batches(len(data.train.labels), bool(network.norms))
+    start = generator.get_state()
+    parts = []
+    for group in _groups(flood_levels, device):
+        generator.set_state(start)
+        parts.append(
+            _train_group_early_stopping(network, data, group, settings, device, generator, on_epoch)
+        )
+    last, best = (
+        LevelScores(
+            np.concatenate([part.flood_levels for part in side]),
+            np.concatenate([part.epochs for part in side]),
+            {name: np.concatenate([p.scores[name] for p in side]) for name in side[0].scores},
+        )
+        for side in zip(*parts)
+    )
+    return last, best
+
+
+def count_epochs(flood_levels: Sequence[float], epochs: int, device: torch.device) -> int:
+    """Return how many epochs of groups of models `train_early_stopping` trains."""
+    return len(_groups(flood_levels, device)) * epochs
+
+
+def _groups(flood_levels: Sequence[float], device: torch.device) -> list[Sequence[float]]:
+    size = MODELS_AT_ONCE[device.type]
+    return [flood_levels[first : first + size] for first in range(0, len(flood_levels), size)]
+
+
+def _train_group_early_stopping(
+    network: MLP,
+    data: Dataset,
+    flood_levels: Sequence[float],
+    settings: TrainSettings,
+    device: torch.device,
+    generator: torch.Generator,
+    on_epoch: Callable[[], None],
+) -> tuple[LevelScores, LevelScores]:
+    stack = StackedMLP(network, len(flood_levels), device)
+    val = EvaluationSplit(data.val, len(flood_levels), device)
+    best_folded = stack.fold()
+    best_accuracy = torch.full([len(flood_levels)], -1.0, device=device)
+    best_epoch = torch.zeros(len(flood_levels), dtype=torch.int64, device=device)
+    for epoch, batch_losses, _ in train_epochs(
+        stack, data.train, flood_levels, settings, generator
+    ):
+        if epoch == 0:
+            continue
+        folded = stack.fold()
+        accuracy = val.scores(folded)[SCORES.index("accuracy")]
+        improved = accuracy > best_accuracy
+        # The one wait for a GPU in an epoch.
+        losses, any_improved = (
+            torch.cat([batch_losses, improved.any()[None]]).cpu().split([len(flood_levels), 1])
+        )
+        _check_finite(losses.numpy(), {}, epoch, flood_levels, settings)
+        if any_improved:
+            best_accuracy[improved] = accuracy[improved]
+            best_epoch[improved] = epoch
+            for best_matrix, matrix in zip(best_folded, folded):
+                best_matrix[improved] = matrix[improved]
+        on_epoch()
+    last_epoch = torch.full_like(best_epoch, settings.epochs)
+    test = EvaluationSplit(data.test, len(flood_levels), device)
+    return tuple(
+        LevelScores(
+            np.array(flood_levels),
+            epochs.cpu().numpy(),
+            {
+                f"{name}_{score}": values.cpu().double().numpy()
+                for name, split in (("val", val), ("test", test))
+                for score, values in zip(SCORES, split.scores(matrices))
+            },
+        )
+        for epochs, matrices in ((last_epoch, folded), (best_epoch, best_folded))
     )
 
 
