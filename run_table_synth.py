@@ -161,6 +161,7 @@ def main() -> None:
         "flood_max": flood_levels[-1],
         "flood_step": arguments.flood_step,
     }
+    del shared["eval_every"]  # the validation split is evaluated every epoch
 
     from tracking import TABLE_EXPERIMENT, Store, TableTracker, TrackingError, tracking_uri
 
