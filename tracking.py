@@ -58,7 +58,7 @@ class Store:
     def __init__(self, experiment: str) -> None:
         uri = tracking_uri()
         try:
-            with _few_retries():
+            with _few_retries(), _set_up_alone(uri):
                 self.client = mlflow.MlflowClient(uri)
                 self.experiment_id = self._experiment_id(experiment)
         # SQLAlchemy, the HTTP client and the file system have errors of their own.
@@ -372,3 +372,17 @@ def _few_retries() -> Iterator[None]:
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
+
+
+@contextlib.contextmanager
+def _set_up_alone(uri: str) -> Iterator[None]:
+    """Keep two processes from setting up one new SQLite store at once, which MLflow cannot."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    key = hashlib.sha256(f"{os.getuid()} {Path.cwd()} {uri}".encode()).hexdigest()[:16]
+    with (Path(tempfile.gettempdir()) / f"flooding-{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -268,6 +268,32 @@ def test_early_stopping_equals_a_plain_loop(batch_norm, monkeypatch):
     np.testing.assert_array_equal(last.flood_levels, LEVELS)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "lbfgs"},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"momentum": 1.0},
+        {"weight_decay": -1.0},
+        {"batch_size": 0},
+        {"epochs": 0},
+        {"eval_every": 0},
+    ],
+)
+def test_bad_settings_name_the_setting_and_the_value(changes):
+    [(name, value)] = changes.items()
+    good = {"optimizer": "sgd", "learning_rate": 0.1, "batch_size": 8, "epochs": 1}
+    with pytest.raises(ValueError, match=f"^{name} .*{value}"):
+        TrainSettings(**{**good, **changes})
+
+
+@pytest.mark.parametrize("name", ["hidden_layers", "hidden_units"])
+def test_bad_network_names_the_setting_and_the_value(name):
+    with pytest.raises(ValueError, match=f"^{name} 0"):
+        ModelSettings(**{"hidden_layers": 1, "hidden_units": 1, "batch_norm": True, name: 0})
+
+
 def test_choice_ties():
     levels = [0.0, 0.1, 0.2, 0.3]
     assert choose_level(levels, [0.8, 0.9, 0.9, 0.7]) == 1  # the lowest of equals
