@@ -62,7 +62,7 @@ class MLP(nn.Module):
             hidden = linear(hidden)
             if self.norms:
                 hidden = self.norms[layer](hidden)
-            hidden = hidden.relu()
+            hidden = hidden.relu_()
         return self.linears[-1](hidden)
 
 

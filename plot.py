@@ -10,15 +10,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
 
 from train import History, LevelScores
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 WITHOUT_COLOR = "#D55E00"  # vermillion and blue of the Okabe-Ito colour-blind-safe palette
 WITH_COLOR = "#0072B2"
@@ -67,10 +66,9 @@ def describe(parameters: Mapping[str, object]) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Save a figure as PNG and close it; the file is moved into place when it is whole."""
+    """Save a figure as PNG; the file is moved into place when it is whole."""
     with _in_place(path) as temporary:
         figure.savefig(temporary, dpi=150)
-    pyplot.close(figure)
 
 
 def write_text(text: str, path: Path) -> None:
@@ -96,7 +94,8 @@ def _draw(
     label: str,
     number: Callable[[float], str],
 ) -> Figure:
-    figure, axes = pyplot.subplots(figsize=(9, 5.2))
+    figure = Figure(figsize=(9, 5.2))
+    axes = figure.subplots()
     figure.subplots_adjust(left=0.085, right=0.72, top=0.83, bottom=0.11)
     level = history.flood_levels[compared]
     sides = [(0, "without flooding", WITHOUT_COLOR)]
@@ -120,7 +119,7 @@ def _draw(
         late = history.epochs >= history.epochs[-1] / 20
         worst = min(line.get_ydata()[late].min() for line in axes.get_lines())
         axes.set_ylim(worst - 0.05 * (1 - worst) - 0.005, 1.005)
-        axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)
     axes.spines[["top", "right"]].set_visible(False)
@@ -133,8 +132,8 @@ def _draw(
     figure.text(0.085, 0.945, title, fontsize=14, fontweight="bold")
     figure.text(0.085, 0.855, describe(parameters), fontsize=9, color=NEUTRAL_COLOR)
     handles = [
-        matplotlib.lines.Line2D([], [], color=NEUTRAL_COLOR, linestyle=TRAIN_STYLE),
-        matplotlib.lines.Line2D([], [], color=NEUTRAL_COLOR, linestyle=TEST_STYLE),
+        Line2D([], [], color=NEUTRAL_COLOR, linestyle=TRAIN_STYLE),
+        Line2D([], [], color=NEUTRAL_COLOR, linestyle=TEST_STYLE),
     ]
     figure.legend(
         handles,
@@ -189,14 +188,9 @@ def draw_table(
     """
     datasets = list(dict.fromkeys(dataset for dataset, _ in settings))
     noises = sorted({noise for _, noise in settings})
-    figure, panels = pyplot.subplots(
-        len(datasets),
-        len(noises),
-        figsize=(1 + 3.6 * len(noises), 1.3 + 2.7 * len(datasets)),
-        squeeze=False,
-        sharex=True,
-        layout="constrained",
-    )
+    size = 1 + 3.6 * len(noises), 1.3 + 2.7 * len(datasets)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(datasets), len(noises), squeeze=False, sharex=True)
     for row, dataset in zip(panels, datasets):
         for axes, noise in zip(row, noises):
             trials = settings[dataset, noise]
@@ -204,7 +198,7 @@ def draw_table(
                 _draw_levels(axes, [trial[side] for trial in trials], color, stopping)
             axes.set_title(f"{dataset}, {100 * noise:g}% label noise", fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)
-            axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         row[0].set_ylabel("test accuracy")
     for axes in panels[-1]:

@@ -90,7 +90,7 @@ def main() -> None:
 
     prepare_process()
     with parser.value_errors():
-        device = resolve_device(arguments.device)
+        device = resolve_device(arguments.device, arguments.tf32)
         data_settings = settings_from(DataSettings, arguments)
         model_settings = settings_from(ModelSettings, arguments)
         train_settings = settings_from(TrainSettings, arguments)

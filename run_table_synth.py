@@ -140,7 +140,7 @@ def main() -> None:
     prepare_process()
     cells = []
     with parser.value_errors():
-        device = resolve_device(arguments.device)
+        device = resolve_device(arguments.device, arguments.tf32)
         model_settings = settings_from(ModelSettings, arguments)
         train_settings = settings_from(TrainSettings, arguments)
         # Trials outermost: a table that is stopped early has all settings, over fewer trials.
@@ -162,6 +162,8 @@ def main() -> None:
         "flood_step": arguments.flood_step,
     }
     del shared["eval_every"]  # the validation split is evaluated every epoch
+    if arguments.tf32:
+        shared["tf32"] = True
 
     from tracking import TABLE_EXPERIMENT, Store, TableTracker, TrackingError, tracking_uri
 

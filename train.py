@@ -333,7 +333,7 @@ def train_epochs(
 
     yield 0, torch.zeros_like(levels), torch.zeros_like(levels)
     for epoch in range(1, settings.epochs + 1):
-        batches = torch.randperm(len(labels), generator=generator).to(device)
+        batches = torch.randperm(len(labels), generator=generator).to(device, non_blocking=True)
         batches = batches.split(settings.batch_size)
         loss_sum = torch.zeros_like(levels)
         flooded = torch.zeros_like(levels)

@@ -74,6 +74,7 @@ def test_demo_end_to_end(folder):
         "eval_every": "1",
         "seed": "3",
         "device": "cpu",
+        "tf32": "False",
         "output_dir": ".",
     }
     assert parent.data.params == expected
@@ -200,6 +201,7 @@ def one_line(text):
         (["--batch-size", 33], "--batch-size 33"),  # 100 = 3 * 33 + 1
         (["--optimizer", "adam", "--momentum", 0.5], "--momentum 0.5"),
         (["--seed", -1], "--seed -1"),
+        (["--device", "cpu", "--tf32"], "--tf32 with device cpu"),
         (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
         (["--output-dir", "/dev/null/pictures"], "--output-dir /dev/null/pictures"),
         (["--dataset", "moons"], "--dataset: invalid choice: 'moons'"),

@@ -1,0 +1,290 @@
+"""How close training and evaluation come to what the machine multiplies.
+
+Measures in turn, several rounds, and takes medians: (a) float32 matrix products of about the
+network's sizes, the limit; (b) an epoch of the default demo; (c) training steps of the paper's
+network for K models at once; (d) the same on all cores with one thread a process; (e) the epoch
+of (b) as a plain loop over models with DataLoader. Needs torch and numpy only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from datasets import Dataset, DataSettings, Split, make_dataset
+from models import MLP, ModelSettings, StackedMLP
+from train import SPLITS, EvaluationSplit, TrainSettings, prepare_process, train_epochs
+
+DEMO_MODEL = ModelSettings(hidden_layers=4, hidden_units=500, batch_norm=True)
+DEMO_TRAINING = TrainSettings("sgd", 0.01, batch_size=200, epochs=10**6, momentum=0.9)
+DEMO_LEVELS = (0.0, 0.26, 0.27, 0.28)
+PAPER_MODEL = ModelSettings(hidden_layers=5, hidden_units=500, batch_norm=False)
+PAPER_TRAINING = TrainSettings("adam", 0.001, batch_size=100, epochs=10**6)
+MODELS_AT_ONCE = (1, 4, 8, 16, 51, 204)
+MODELS_PER_PROCESS = (1, 4, 8, 16)
+BYTES_PER_MODEL = 24e6  # of the paper's network: weights, gradients, two moments, activations
+LIMIT_SECONDS = 0.2  # a shape of (a), each round
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to time: a call, and the floating-point operations in it."""
+
+    name: str
+    call: Callable[[], object]
+    operations: float
+
+
+def multiplications(settings: ModelSettings, inputs: int = 2, classes: int = 2) -> int:
+    """Multiply-adds of one example's forward pass."""
+    widths = [inputs] + [settings.hidden_units] * settings.hidden_layers + [classes]
+    return sum(before * after for before, after in itertools.pairwise(widths))
+
+
+def step_operations(settings: ModelSettings, models: int, examples: int) -> float:
+    """Forward pass, gradient of the weights, and gradient of all but the first layer's inputs."""
+    first = 2 * settings.hidden_units
+    return 2 * models * examples * (3 * multiplications(settings) - first)
+
+
+def limit_cases(device: torch.device) -> list[Case]:
+    cases = []
+    for models, rows in ((1, 500), (1, 4000), (4, 500), (4, 1000), (8, 250), (8, 500)):
+        left = torch.randn(models, rows, 500, device=device)
+        right = torch.randn(models, 500, 500, device=device)
+        product = torch.empty(models, rows, 500, device=device)
+        if models == 1:
+            call = functools.partial(torch.mm, left[0], right[0], out=product[0])
+        else:
+            call = functools.partial(torch.bmm, left, right, out=product)
+        cases.append(Case(f"(a) {models} x {rows}x500x500", call, 2 * models * rows * 500**2))
+    return cases
+
+
+def demo_case(data: Dataset, device: torch.device) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    network = MLP(2, DEMO_MODEL, generator=generator)
+    stack = StackedMLP(network, len(DEMO_LEVELS), device)
+    splits = [EvaluationSplit(getattr(data, name), len(DEMO_LEVELS), device) for name in SPLITS]
+    epochs = train_epochs(stack, data.train, DEMO_LEVELS, DEMO_TRAINING, generator)
+    next(epochs)
+
+    def epoch() -> None:
+        _, batch_losses, flooded = next(epochs)
+        folded = stack.fold()
+        scores = [score for split in splits for score in split.scores(folded)]
+        torch.stack([batch_losses, *scores, flooded]).cpu()
+
+    return Case("(b) demo, one epoch", epoch, demo_operations(data))
+
+
+def demo_operations(data: Dataset) -> float:
+    examples = sum(len(getattr(data, name).labels) for name in SPLITS)
+    evaluation = 2 * len(DEMO_LEVELS) * examples * multiplications(DEMO_MODEL)
+    return evaluation + step_operations(DEMO_MODEL, len(DEMO_LEVELS), len(data.train.labels))
+
+
+def step_case(models: int, device: torch.device, name: str) -> Case:
+    """One training step of 100 examples: an epoch of a data set of that size."""
+    data = make_dataset(DataSettings("sinusoid2d", 0.1), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    stack = StackedMLP(MLP(2, PAPER_MODEL, generator=generator), models, device)
+    levels = np.linspace(0.1, 0.5, models).tolist()
+    epochs = train_epochs(stack, data.train, levels, PAPER_TRAINING, generator)
+    next(epochs)
+    return Case(name, lambda: next(epochs), step_operations(PAPER_MODEL, models, 100))
+
+
+def plain_case(data: Dataset, device: torch.device) -> Case:
+    """The epoch of (b) as one would write it: loops over models and DataLoaders, batches of 200."""
+    models, optimizers = [], []
+    for _ in DEMO_LEVELS:
+        widths = [2] + [DEMO_MODEL.hidden_units] * DEMO_MODEL.hidden_layers
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
+        models.append(nn.Sequential(*layers, nn.Linear(widths[-1], 2)).to(device))
+        optimizers.append(torch.optim.SGD(models[-1].parameters(), lr=0.01, momentum=0.9))
+
+    def loader(split: Split, **options: object) -> DataLoader:
+        tensors = map(torch.from_numpy, (split.inputs, split.labels, split.clean_labels))
+        return DataLoader(TensorDataset(*tensors), **options)
+
+    train_loader = loader(data.train, batch_size=DEMO_TRAINING.batch_size, shuffle=True)
+    loaders = [loader(getattr(data, name), batch_size=DEMO_TRAINING.batch_size) for name in SPLITS]
+    cross_entropy = nn.functional.cross_entropy
+
+    def epoch() -> None:
+        for model, optimizer, level in zip(models, optimizers, DEMO_LEVELS):
+            model.train()
+            for inputs, labels, _ in train_loader:
+                loss = cross_entropy(model(inputs.to(device)), labels.to(device))
+                optimizer.zero_grad()
+                ((loss - level).abs() + level).backward()
+                optimizer.step()
+            model.eval()
+            with torch.no_grad():
+                for split_loader in loaders:
+                    losses, correct = [0.0, 0.0], [0, 0]
+                    for inputs, *targets in split_loader:
+                        logits = model(inputs.to(device))
+                        predicted = logits.argmax(dim=1)
+                        for i, labels in enumerate(targets):
+                            labels = labels.to(device)
+                            losses[i] += cross_entropy(logits, labels, reduction="sum").item()
+                            correct[i] += (predicted == labels).sum().item()
+
+    return Case("(e) the same epoch, plain loop", epoch, demo_operations(data))
+
+
+def work_for(connection, models: int) -> None:
+    """A process of (d): time as many steps as it is told, when it is told."""
+    prepare_process(threads=1)
+    case = step_case(models, torch.device("cpu"), "")
+    case.call()
+    connection.send(None)
+    while steps := connection.recv():
+        for _ in range(steps):
+            case.call()
+        connection.send(None)
+
+
+class Processes:
+    """(d): the steps of (c) in one-thread processes, one a core, all at once."""
+
+    def __init__(self, models: int, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for _ in range(count):
+            pipe, theirs = context.Pipe()
+            process = context.Process(target=work_for, args=(theirs, models), daemon=True)
+            process.start()
+            self.pipes.append(pipe)
+            self.processes.append(process)
+        self.answers()
+
+    def answers(self) -> None:
+        for pipe in self.pipes:
+            pipe.recv()
+
+    def run(self, steps: int) -> None:
+        for pipe in self.pipes:
+            pipe.send(steps)
+        self.answers()
+
+    def stop(self) -> None:
+        for pipe, process in zip(self.pipes, self.processes):
+            pipe.send(0)
+            process.join()
+
+
+def timed(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Return the seconds of a call, averaged over `repeats` calls in a row."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds to take medians over")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
+    parser.add_argument("--tf32", action="store_true", help="TF32 products, on a GPU")
+    arguments = parser.parse_args()
+    from tqdm import tqdm
+
+    prepare_process()
+    device = torch.device(arguments.device)
+    if arguments.tf32:
+        torch.set_float32_matmul_precision("high")
+    cores = torch.get_num_threads()
+    if device.type == "cpu":
+        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        memory = torch.cuda.mem_get_info()[0]
+
+    data = make_dataset(DataSettings("sinusoid2d", 0.1), seed=0)
+    limits = limit_cases(device)
+    cases = [demo_case(data, device)]
+    cases += [
+        step_case(models, device, f"(c) training step, K = {models}")
+        for models in MODELS_AT_ONCE
+        if models * BYTES_PER_MODEL < memory / 2
+    ]
+    cases.append(plain_case(data, device))
+    seconds: dict[str, list[float]] = {}
+    operations = {case.name: case.operations for case in (*limits, *cases)}
+    per_process = MODELS_PER_PROCESS if device.type == "cpu" else ()
+    total = arguments.rounds * (len(limits) + len(cases) + len(per_process))
+    with tqdm(total=total, disable=None, leave=False, unit="case") as bar:
+
+        def record(name: str, value: float) -> None:
+            seconds.setdefault(name, []).append(value)
+            bar.update()
+
+        repeats = {}
+        for case in (*limits, *cases):  # warm up, and see how often fits in the time
+            case.call()
+            once = timed(case.call, device, 2)
+            wanted = LIMIT_SECONDS if case in limits else 2 * LIMIT_SECONDS
+            repeats[case.name] = max(1, round(wanted / once))
+        for _ in range(arguments.rounds):
+            for case in (*limits, *cases):
+                record(case.name, timed(case.call, device, repeats[case.name]))
+        for models in per_process:
+            name = f"(d) {cores} processes, K = {models} each"
+            processes = Processes(models, cores)
+            once = timed(lambda p=processes: p.run(1), device, 2)
+            steps = max(2, round(2 * LIMIT_SECONDS / once))
+            operations[name] = cores * step_operations(PAPER_MODEL, models, 100)
+            for _ in range(arguments.rounds):
+                record(name, timed(lambda p=processes, s=steps: p.run(s), device, 1) / steps)
+            processes.stop()
+
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rates = {name: operations[name] / medians[name] / 1e9 for name in medians}
+    limit = max(rates[case.name] for case in limits)
+    machine = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name()
+    print(f"{machine}, {cores} threads, torch {torch.__version__}, {arguments.rounds} rounds\n")
+    print(f"{'':36}{'ms':>10}{'GFLOP/s':>10}{'of (a)':>8}")
+    for name in medians:
+        print(f"{name:36}{1000 * medians[name]:10.2f}{rates[name]:10.0f}{rates[name] / limit:8.2f}")
+    speedup = medians["(e) the same epoch, plain loop"] / medians["(b) demo, one epoch"]
+    demo_seconds = 200 * operations["(b) demo, one epoch"] / limit / 1e9
+    print(f"\n(b) is {speedup:.1f} times as fast as (e)")
+    print(f"the limit (a), {limit:.0f} GFLOP/s, would take {demo_seconds:.1f} s for the whole demo")
+    if arguments.json:
+        figures = {
+            name: {"seconds": medians[name], "gflops": rates[name], "of_limit": rates[name] / limit}
+            for name in medians
+        }
+        arguments.json.write_text(json.dumps({"machine": machine, "cases": figures}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
