@@ -18,7 +18,6 @@ from matplotlib.ticker import PercentFormatter
 
 from train import History, LevelScores
 
-
 WITHOUT_COLOR = "#D55E00"  # vermillion and blue of the Okabe-Ito colour-blind-safe palette
 WITH_COLOR = "#0072B2"
 NEUTRAL_COLOR = "#555555"
