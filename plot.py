@@ -95,7 +95,7 @@ def _draw(
 ) -> Figure:
     figure = Figure(figsize=(9, 5.2))
     axes = figure.subplots()
-    figure.subplots_adjust(left=0.085, right=0.72, top=0.83, bottom=0.11)
+    figure.subplots_adjust(left=0.1, right=0.72, top=0.83, bottom=0.11)
     level = history.flood_levels[compared]
     sides = [(0, "without flooding", WITHOUT_COLOR)]
     if compared:
@@ -128,8 +128,8 @@ def _draw(
     title = f"{score.capitalize()} without and with flooding"
     if compared and not chosen:
         title += " (validation chose no flooding)"
-    figure.text(0.085, 0.945, title, fontsize=14, fontweight="bold")
-    figure.text(0.085, 0.855, describe(parameters), fontsize=9, color=NEUTRAL_COLOR)
+    figure.text(0.1, 0.945, title, fontsize=14, fontweight="bold")
+    figure.text(0.1, 0.855, describe(parameters), fontsize=9, color=NEUTRAL_COLOR)
     handles = [
         Line2D([], [], color=NEUTRAL_COLOR, linestyle=TRAIN_STYLE),
         Line2D([], [], color=NEUTRAL_COLOR, linestyle=TEST_STYLE),
@@ -197,19 +197,18 @@ def draw_table(
                 _draw_levels(axes, [trial[side] for trial in trials], color, stopping)
             axes.set_title(f"{dataset}, {100 * noise:g}% label noise", fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
             axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         row[0].set_ylabel("test accuracy")
     for axes in panels[-1]:
         axes.set_xlabel("flood level b (nats)")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     count = len(next(iter(settings.values())))
     figure.suptitle(
-        f"Test accuracy (noisy labels) against the flood level: mean and standard deviation, "
-        f"{count} trial{'s' * (count > 1)}",
-        fontsize=12,
-        fontweight="bold",
+        f"Accuracy on noisy test labels against the flood level\n"
+        f"mean and standard deviation of {count} trial{'s' * (count > 1)}",
+        fontsize=11,
     )
     save(figure, path)
 
@@ -226,7 +225,9 @@ def _draw_levels(axes: Axes, scores: list[LevelScores], color: str, stopping: st
         axes.fill_between(
             levels, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0
         )
-    axes.axhline(mean[0], color=color, linestyle=":", linewidth=1.2, label=f"{name}, b = 0")
+    axes.axhline(
+        mean[0], color=color, linestyle=":", linewidth=1.2, label=f"{stopping}: without flooding"
+    )
     axes.plot(
         levels[chosen].mean(),
         accuracy[np.arange(len(scores)), chosen].mean(),
@@ -235,7 +236,7 @@ def _draw_levels(axes: Axes, scores: list[LevelScores], color: str, stopping: st
         markeredgecolor="black",
         markersize=7,
         linestyle="none",
-        label=f"{stopping}: chosen b, its accuracy",
+        label=f"{stopping}: mean chosen b and its accuracy",
     )
 
 
