@@ -15,7 +15,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+Settings = TypeVar("Settings")
 
 DATASETS = ("sinusoid2d", "sinusoid", "gaussian", "spiral")
 LEARNING_RATES = {"sgd": 0.01, "adam": 0.001}  # [released code]
@@ -128,13 +133,13 @@ def fill_defaults(arguments: argparse.Namespace) -> None:
         given.setdefault(f"{split}_samples", None)
 
 
-def settings_from(settings_class: type, arguments: argparse.Namespace):
+def settings_from(settings_class: type[Settings], arguments: argparse.Namespace) -> Settings:
     """Make a settings dataclass from the flags that have its fields' names."""
     names = {field.name for field in fields(settings_class)}
     return settings_class(**{k: value for k, value in vars(arguments).items() if k in names})
 
 
-def resolve_device(name: str, tf32: bool):
+def resolve_device(name: str, tf32: bool) -> torch.device:
     """Return the `torch.device` that `--device` names, set to multiply as `--tf32` says.
 
     Raises:

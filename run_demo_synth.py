@@ -80,6 +80,7 @@ def parse_arguments() -> tuple[Parser, argparse.Namespace]:
 
 def main() -> None:
     parser, arguments = parse_arguments()
+    exit_on_signals()
 
     # Heavy imports, only now: --help and most wrong flags are answered at once.
     import torch
@@ -103,25 +104,24 @@ def main() -> None:
     }
 
     from plot import describe, draw_demo
-    from tracking import DEMO_EXPERIMENT, DemoTracker, Store, TrackingError, tracking_uri
+    from tracking import DEMO_EXPERIMENT, DemoTracker, Store, TrackingError, ui_command
 
     try:
         store = Store(DEMO_EXPERIMENT)
     except TrackingError as error:
         parser.error(str(error))
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    exit_on_signals()
     setting = describe(parameters)
     print(setting.replace("\n", "; "), f"on {device.type}", flush=True)
 
+    name = f"{arguments.dataset} {arguments.label_noise:g} {arguments.optimizer} {arguments.seed}"
     data = make_dataset(data_settings, arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
     network = MLP(data.train.inputs.shape[1], model_settings, generator=generator)
     try:
         with (
-            DemoTracker(store, setting, parameters, arguments.flood_levels, device) as tracker,
+            DemoTracker(store, name, parameters, arguments.flood_levels, device) as tracker,
             EpochBar(arguments.epochs, arguments.flood_levels) as bar,
-            tempfile.TemporaryDirectory(dir=arguments.output_dir) as drawing_dir,
         ):
 
             def on_epoch(epoch: int, metrics: Mapping[str, np.ndarray]) -> None:
@@ -141,15 +141,16 @@ def main() -> None:
             tracker.log_result(history, chosen, compared)
             pictures = []
             # Logged before they are moved into place, where another demo may replace them.
-            for drawing in draw_demo(history, parameters, Path(drawing_dir)):
-                tracker.log_artifact(drawing)
-                pictures.append(drawing.replace(arguments.output_dir / drawing.name))
+            with tempfile.TemporaryDirectory(dir=arguments.output_dir) as folder:
+                for drawing in draw_demo(history, parameters, Path(folder)):
+                    tracker.log_artifact(drawing)
+                    pictures.append(drawing.replace(arguments.output_dir / drawing.name))
     except DivergenceError as error:
         sys.exit(f"{parser.prog}: error: {error}")
 
     print_table(history, chosen)
     print("\nPictures:", *pictures)
-    print(f"Runs: mlflow ui --backend-store-uri {tracking_uri()}")
+    print(f"Runs: {ui_command()}")
 
 
 def print_table(history: History, chosen: int) -> None:

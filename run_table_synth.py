@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -123,6 +123,7 @@ class Cell:
 
 def main() -> None:
     parser, arguments = parse_arguments()
+    exit_on_signals()
 
     # Heavy imports, only now: --help and most wrong flags are answered at once.
     import torch
@@ -165,9 +166,8 @@ def main() -> None:
     if arguments.tf32:
         shared["tf32"] = True
 
-    from tracking import TABLE_EXPERIMENT, Store, TableTracker, TrackingError, tracking_uri
+    from tracking import TABLE_EXPERIMENT, Store, TableTracker, TrackingError, ui_command
 
-    exit_on_signals()
     rank, world_size = start_ranks()
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -231,7 +231,7 @@ def main() -> None:
         sys.exit(f"{parser.prog}: error: {error}")
     if rank == 0:
         print("\nSaved:", *paths)
-        print(f"Runs: mlflow ui --backend-store-uri {tracking_uri()}")
+        print(f"Runs: {ui_command()}")
 
 
 @dataclass(frozen=True)
@@ -355,7 +355,7 @@ def start_ranks() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def broadcast(value):
+def broadcast(value: object) -> Any:
     """Return rank 0's value on every rank."""
     import torch.distributed as dist
 

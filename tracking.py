@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +47,15 @@ class TrackingError(Exception):
 
 def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
+def ui_command() -> str:
+    """Return how a user sees the runs; a database's password stays out of it."""
+    uri = tracking_uri()
+    if uri.startswith(("http:", "https:")):
+        return f"open {uri}"
+    shown = uri if uri.startswith("sqlite:") else "$MLFLOW_TRACKING_URI"
+    return f"mlflow ui --backend-store-uri {shown}"
 
 
 class Store:
@@ -304,8 +314,11 @@ def load_demo(run_id: str) -> tuple[dict[str, str], History]:
     Raises:
         TrackingError: there is no such run, or it is no demo that logged an epoch.
     """
+    sqlite_file = tracking_uri().removeprefix("sqlite:///")
+    if sqlite_file != tracking_uri() and not Path(sqlite_file).exists():
+        raise TrackingError(f"--run-id {run_id}: there is no {tracking_uri()}")
+    client = Store(DEMO_EXPERIMENT).client
     try:
-        client = Store(DEMO_EXPERIMENT).client
         run = client.get_run(run_id)
         parent = client.get_run(run.data.tags.get(PARENT_TAG, run_id))
     except MlflowException as error:
@@ -346,6 +359,7 @@ def environment_tags(device: torch.device) -> dict[str, str]:
     tags = {
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "mlflow.source.name": Path(sys.argv[0]).name,
         "device": f"cuda ({torch.cuda.get_device_name(device)})" if on_gpu else device.type,
     }
     with contextlib.suppress(OSError):  # git is not installed

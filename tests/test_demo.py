@@ -186,32 +186,32 @@ def one_line(text):
     return line
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--flood-levels", 0.1, -0.2], "--flood-levels -0.2"),
-        (["--flood-levels", "nan"], "--flood-levels nan"),
-        (["--flood-levels", "inf"], "--flood-levels inf"),
-        (["--label-noise", 1], "--label-noise 1.0"),
-        (["--label-noise", "much"], "--label-noise: invalid float value: 'much'"),
-        (["--epochs", 0], "--epochs 0"),
-        (["--hidden-layers", 0], "--hidden-layers 0"),
-        (["--train-samples", 0], "--train-samples 0"),
-        (["--batch-size", 1], "--batch-size 1"),
-        (["--batch-size", 33], "--batch-size 33"),  # 100 = 3 * 33 + 1
-        (["--optimizer", "adam", "--momentum", 0.5], "--momentum 0.5"),
-        (["--seed", -1], "--seed -1"),
-        (["--device", "cpu", "--tf32"], "--tf32 with device cpu"),
-        (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
-        (["--output-dir", "/dev/null/pictures"], "--output-dir /dev/null/pictures"),
-        (["--dataset", "moons"], "--dataset: invalid choice: 'moons'"),
-    ],
+BAD_FLAGS = (
+    (["--flood-levels", 0.1, -0.2], "--flood-levels -0.2"),
+    (["--flood-levels", "nan"], "--flood-levels nan"),
+    (["--flood-levels", "inf"], "--flood-levels inf"),
+    (["--label-noise", 1], "--label-noise 1.0"),
+    (["--label-noise", "much"], "--label-noise: invalid float value: 'much'"),
+    (["--epochs", 0], "--epochs 0"),
+    (["--hidden-layers", 0], "--hidden-layers 0"),
+    (["--train-samples", 0], "--train-samples 0"),
+    (["--batch-size", 1], "--batch-size 1"),
+    (["--batch-size", 33], "--batch-size 33"),  # 100 = 3 * 33 + 1
+    (["--optimizer", "adam", "--momentum", 0.5], "--momentum 0.5"),
+    (["--seed", -1], "--seed -1"),
+    (["--device", "cpu", "--tf32"], "--tf32 with device cpu"),
+    (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
+    (["--output-dir", "/dev/null/pictures"], "--output-dir /dev/null/pictures"),
+    (["--dataset", "moons"], "--dataset: invalid choice: 'moons'"),
 )
-def test_bad_flags(folder, flags, said):
-    result = folder.run(SCRIPT, *flags)
-    assert result.returncode == 2
-    assert said in one_line(result.stderr)
-    assert result.stdout == "" and not list(folder.path.iterdir())
+
+
+def test_bad_flags(folder):
+    results = folder.run_all(*(folder.command(SCRIPT, *flags) for flags, _ in BAD_FLAGS))
+    for (_, said), result in zip(BAD_FLAGS, results):
+        assert result.returncode == 2 and result.stdout == "", said
+        assert said in one_line(result.stderr)
+    assert not list(folder.path.iterdir())
 
 
 def test_a_device_that_is_not_there(folder):
@@ -240,6 +240,12 @@ def test_help_needs_no_heavy_import(folder):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "--flood-levels" in result.stdout
+
+
+def test_plotting_without_a_store_makes_none(folder):
+    result = folder.run("plot.py", "--run-id", "nothing")
+    assert result.returncode == 2 and "--run-id nothing" in one_line(result.stderr)
+    assert not list(folder.path.iterdir())
 
 
 def history_with(val_accuracy_clean, val_accuracy):
