@@ -20,12 +20,11 @@ from datasets import Dataset, Split
 from flooding import flood
 from models import MLP, StackedMLP, folded_logits, with_constant
 
-# What the benchmark (benchmarks/bench_train.py) found fastest. Examples times models that go
-# through the evaluation at a time: the activations should stay in the cache of a CPU, and be
-# many on a GPU.
+# What benchmarks/bench_train.py and trials of the table's cells found fastest on CPUs; the values
+# for GPUs are not measured yet. Examples times models that go through the evaluation at a time:
+# the activations should stay in the cache of a CPU, and be many on a GPU.
 EVALUATION_ROWS = {"cpu": 2_000, "cuda": 200_000, "mps": 200_000}
-# Models trained at once where there are more: the gradients and moments of few stay near a
-# core, many fill a GPU.
+# Models trained at once where there are more: 4 to 17 are equally fast on a CPU core, 51 slower.
 MODELS_AT_ONCE = {"cpu": 8, "cuda": 204, "mps": 51}
 # Metrics stay on the device and are fetched after the epoch in which this many seconds are
 # over, so that a GPU is not made to wait for the host in every epoch.
