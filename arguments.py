@@ -38,8 +38,8 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        # Under torchrun all processes find the same mistake, and one tells.
-        first = os.environ.get("RANK", "0") == "0"
+        # Under torchrun all processes of a machine find the same mistake, and one tells.
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n" if first else None)
 
     @contextlib.contextmanager

@@ -71,6 +71,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
+    """The three splits of one draw of a data set."""
+
     train: Split
     val: Split
     test: Split

@@ -115,9 +115,11 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """The cell's name in MLflow and on the progress bar."""
         return f"{self.data.dataset}, label noise {self.data.label_noise:g}, seed {self.seed}"
 
     def parameters(self, shared: dict[str, object]) -> dict[str, object]:
+        """All that makes this cell what it is; `shared` is the same for a table's cells."""
         return {**asdict(self.data), "seed": self.seed, **shared}
 
 
@@ -190,7 +192,7 @@ def main() -> None:
             table_id, todo = broadcast(None)
             tracker = TableTracker(Store(TABLE_EXPERIMENT), device)
     except TrackingError as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: error: {error}\n")  # also from a rank other than 0
 
     mine = todo[rank::world_size]
     try:

@@ -46,6 +46,7 @@ class TrackingError(Exception):
 
 
 def tracking_uri() -> str:
+    """Return where the runs are kept: MLFLOW_TRACKING_URI, else SQLite in the current folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
