@@ -1,4 +1,4 @@
-"""The command line that the scripts share: flags, one-line errors, devices and signals.
+"""The command line that the scripts share: flags and one-line errors.
 
 A flag means the same in every script; only the defaults differ. Nothing heavy is imported
 here before the flags are read, so that `--help` answers at once.
@@ -9,22 +9,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
-if TYPE_CHECKING:
-    import torch
+from settings import DEFAULT_SAMPLES, SettingError, check
 
 Settings = TypeVar("Settings")
 
-DATASETS = ("sinusoid2d", "sinusoid", "gaussian", "spiral")
+DATASETS = tuple(DEFAULT_SAMPLES)
 LEARNING_RATES = {"sgd": 0.01, "adam": 0.001}  # [released code]
 SGD_MOMENTUM = 0.9  # [released code]
+MAX_SEED = 2**32 - 1
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,13 +41,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n" if first else None)
 
     @contextlib.contextmanager
-    def value_errors(self) -> Iterator[None]:
-        """Turn a ValueError that starts with a setting's name into an error about its flag."""
+    def setting_errors(self) -> Iterator[None]:
+        """Turn a SettingError into an error about the flag of the setting's name."""
         try:
             yield
-        except ValueError as error:
-            name, _, rest = str(error).partition(" ")
-            self.error(f"--{name.replace('_', '-')} {rest}")
+        except SettingError as error:
+            self.error(f"--{error.name.replace('_', '-')} {error.value}: {error.allowed}")
 
 
 def add_shared_flags(parser: Parser, defaults: Mapping[str, object]) -> None:
@@ -100,16 +97,19 @@ def add_shared_flags(parser: Parser, defaults: Mapping[str, object]) -> None:
         help="passes over the training examples",
     )  # fmt: skip
     machine = parser.add_argument_group("run")
-    machine.add_argument("--seed", type=int, default=0, help="seed of every random draw")
     machine.add_argument(
-        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+        "--seed", type=int, default=0, help=f"seed of every random draw, from 0 to {MAX_SEED}"
+    )
+    machine.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="device to train on; auto is a GPU where there is one",
     )  # fmt: skip
-    machine.add_argument(
-        "--tf32", action="store_true",
-        help="multiply in TF32 on a CUDA GPU: faster, with 10 bits of mantissa",
-    )  # fmt: skip
-    machine.add_argument(
+    add_output_dir(machine)
+
+
+def add_output_dir(parser: argparse._ActionsContainer) -> None:
+    """Add the flag of the folder that files are saved in."""
+    parser.add_argument(
         "--output-dir", type=Path, default=Path("."), metavar="DIR",
         help="folder for the files that the script saves",
     )  # fmt: skip
@@ -119,53 +119,32 @@ def fill_defaults(arguments: argparse.Namespace) -> None:
     """Set what follows from other flags: learning rate and momentum from the optimizer.
 
     Raises:
-        ValueError: a momentum is given for Adam, or the seed is negative.
+        SettingError: a momentum is given for Adam, the seed is out of range, or the output
+            folder cannot be written to.
     """
     sgd = arguments.optimizer == "sgd"
-    if "momentum" in arguments and not sgd:
-        raise ValueError(f"momentum {arguments.momentum}: only with --optimizer sgd")
-    if arguments.seed < 0:
-        raise ValueError(f"seed {arguments.seed}: a whole number >= 0")
     given = vars(arguments)
+    check(sgd or "momentum" not in given, "momentum", given.get("momentum"), "only with sgd")
+    check(0 <= arguments.seed <= MAX_SEED, "seed", arguments.seed, f"from 0 to {MAX_SEED}")
+    check(arguments.trials >= 1, "trials", arguments.trials, "at least 1")
     given.setdefault("learning_rate", LEARNING_RATES[arguments.optimizer])
     given.setdefault("momentum", SGD_MOMENTUM if sgd else 0.0)
     for split in ("train", "val", "test"):
         given.setdefault(f"{split}_samples", None)
+    check_output_dir(arguments.output_dir)
 
 
-def settings_from(settings_class: type[Settings], arguments: argparse.Namespace) -> Settings:
+def settings_from(
+    settings_class: type[Settings], arguments: argparse.Namespace, **changes: object
+) -> Settings:
     """Make a settings dataclass from the flags that have its fields' names."""
     names = {field.name for field in fields(settings_class)}
-    return settings_class(**{k: value for k, value in vars(arguments).items() if k in names})
-
-
-def resolve_device(name: str, tf32: bool) -> torch.device:
-    """Return the `torch.device` that `--device` names, set to multiply as `--tf32` says.
-
-    Raises:
-        ValueError: the device is not there, or cannot multiply in TF32.
-    """
-    import torch
-
-    present = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(device for device, there in present.items() if there)
-    if not present[name]:
-        there = ", ".join(device for device, is_there in present.items() if is_there)
-        raise ValueError(f"device {name}: not on this machine, which has {there}")
-    if tf32:
-        if name != "cuda":
-            raise ValueError(f"tf32 with device {name}: only with cuda")
-        torch.set_float32_matmul_precision("high")
-    return torch.device(name)
+    given = {**vars(arguments), **changes}
+    return settings_class(**{name: value for name, value in given.items() if name in names})
 
 
 def check_output_dir(directory: Path) -> None:
-    """Raise ValueError if files cannot be written to the folder; leaves nothing behind."""
+    """Raise SettingError if files cannot be written to the folder; leaves nothing behind."""
     existing = directory.absolute()
     while not os.path.lexists(existing):
         existing = existing.parent
@@ -173,22 +152,5 @@ def check_output_dir(directory: Path) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise ValueError(
-            f"output_dir {directory}: a folder that can be written to ({error.strerror})"
-        ) from error
-
-
-def exit_on_signals() -> None:
-    """End by SystemExit, with everything closed on the way, on Ctrl-C and on SIGTERM.
-
-    A second signal does not disturb the closing. The exit status is 128 + the signal's number.
-    """
-
-    def leave(number: int, frame: object) -> NoReturn:
-        for ignored in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(ignored, signal.SIG_IGN)
-        print(f"\nstopped by {signal.Signals(number).name}", file=sys.stderr)
-        sys.exit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)
+        allowed = f"a folder that can be written to ({error.strerror})"
+        raise SettingError("output_dir", directory, allowed) from error

@@ -11,53 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from settings import DataSettings
+
 GAUSSIAN_DIMENSIONS = 10
 GAUSSIAN_SHIFT = 1.0  # m: the negative mean is (m, ..., m), the positive mean the origin
 SINUSOID_DIMENSIONS = 10
 SINUSOID2D_RADIUS = 2.0
 SINUSOID2D_FREQUENCY = 1.5  # the length of both w and w'
-
-# Examples in all, of train, validation and test. The released code counts `gaussian` and
-# `spiral` per class: 100, 100 and 10 000.
-DEFAULT_SAMPLES = {
-    "sinusoid2d": (100, 100, 20_000),
-    "sinusoid": (100, 100, 20_000),
-    "gaussian": (200, 200, 20_000),
-    "spiral": (200, 200, 20_000),
-}
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """What a data set is made from; together with the seed it fixes every bit of it.
-
-    Sample counts are examples in all; None is the authors' size. `label_noise` is the fraction
-    of labels flipped, `spiral_noise` the standard deviation (the paper's tau) around the arms.
-
-    Raises:
-        ValueError: the data set is unknown, or a value is outside what is said above.
-    """
-
-    dataset: str
-    label_noise: float
-    spiral_noise: float = 0.0
-    train_samples: int | None = None
-    val_samples: int | None = None
-    test_samples: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.dataset not in DEFAULT_SAMPLES:
-            raise ValueError(f"dataset {self.dataset!r}: one of {', '.join(DEFAULT_SAMPLES)}")
-        if not 0 <= self.label_noise < 1:
-            raise ValueError(f"label_noise {self.label_noise}: a fraction in [0, 1)")
-        if not 0 <= self.spiral_noise < math.inf:
-            raise ValueError(f"spiral_noise {self.spiral_noise}: a finite number >= 0")
-        for split, default in zip(("train", "val", "test"), DEFAULT_SAMPLES[self.dataset]):
-            name = f"{split}_samples"
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: at least 1")
 
 
 @dataclass(frozen=True)
@@ -125,8 +85,7 @@ def _sinusoid2d(samples: int, generator: np.random.Generator) -> tuple[np.ndarra
     sphere = generator.standard_normal((samples, 4))
     sphere /= np.linalg.norm(sphere, axis=1, keepdims=True)
     inputs = SINUSOID2D_RADIUS * sphere[:, 2:]
-    x1, x2 = SINUSOID2D_FREQUENCY * inputs.T
-    return inputs, x1 + np.sin(x2) > 0
+    return inputs, true_boundary("sinusoid2d", inputs) > 0
 
 
 def _sinusoid(samples: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -157,24 +116,31 @@ def _spiral(
     return arms + spiral_noise * generator.standard_normal((samples, 2)), labels
 
 
-def gaussian_posterior(inputs: np.ndarray, label_noise: float = 0.0) -> np.ndarray:
-    """Return p(label = 1 | x), shape [n], of `gaussian` at inputs [n, d], in closed form.
+def true_boundary(dataset: str, inputs: np.ndarray) -> np.ndarray:
+    """Return a score [n] of inputs [n, 2]: 0 on the true boundary, positive in class 1.
 
-    With equal class priors log p(1|x)/p(0|x) = d m^2 / 2 - m (x_1 + ... + x_d); flipping labels
-    at random with probability `label_noise` mixes the two posteriors.
+    The boundary of `sinusoid2d` is its labels' own; that of `spiral`, whose labels are defined
+    on the arms alone, is the line midway between them: at angle t the positive arm has the
+    radii t + 2 pi k, the negative one those plus pi.
     """
-    inputs = np.asarray(inputs, dtype=np.float64)
-    logit = GAUSSIAN_SHIFT * (inputs.shape[1] * GAUSSIAN_SHIFT / 2 - inputs.sum(axis=1))
-    clean = 0.5 * (1 + np.tanh(logit / 2))  # the logistic function, without overflow
-    return clean * (1 - label_noise) + (1 - clean) * label_noise
+    x1, x2 = inputs.T
+    if dataset == "sinusoid2d":
+        return SINUSOID2D_FREQUENCY * x1 + np.sin(SINUSOID2D_FREQUENCY * x2)
+    return np.cos(np.hypot(x1, x2) - np.arctan2(x2, x1))
 
 
-def gaussian_bayes_accuracy(label_noise: float = 0.0) -> float:
-    """Return the accuracy of the best classifier of the clean labels of `gaussian`.
+def bayes_accuracy(settings: DataSettings) -> float:
+    """Return the test accuracy of the best classifier of the clean labels, on the noisy ones.
 
-    Phi(|mu_N| / 2) on the clean labels, a; a (1 - rho) + (1 - a) rho against labels of which a
-    fraction rho = `label_noise` is flipped.
+    a (1 - rho) + (1 - a) rho, with rho the share of flipped labels and a the accuracy on clean
+    labels: Phi(|mu_N| / 2) for `gaussian`, 1 where the classes do not overlap, NaN where they
+    do and a is not known (the spiral with noise around its arms).
     """
-    distance = GAUSSIAN_SHIFT * math.sqrt(GAUSSIAN_DIMENSIONS)
-    clean = 0.5 * (1 + math.erf(distance / 2 / math.sqrt(2)))
-    return clean * (1 - label_noise) + (1 - clean) * label_noise
+    clean = 1.0
+    if settings.dataset == "gaussian":
+        distance = GAUSSIAN_SHIFT * math.sqrt(GAUSSIAN_DIMENSIONS)
+        clean = 0.5 * (1 + math.erf(distance / 2 / math.sqrt(2)))
+    elif settings.dataset == "spiral" and settings.spiral_noise > 0:
+        clean = math.nan
+    flipped = int(settings.label_noise * settings.test_samples) / settings.test_samples
+    return clean * (1 - flipped) + (1 - clean) * flipped

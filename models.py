@@ -5,29 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
+from settings import ModelSettings
 
-@dataclass(frozen=True)
-class ModelSettings:
-    """The shape of the network.
-
-    Raises:
-        ValueError: a count is below 1.
-    """
-
-    hidden_layers: int
-    hidden_units: int
-    batch_norm: bool
-
-    def __post_init__(self) -> None:
-        for name in ("hidden_layers", "hidden_units"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: at least 1")
+CLASSES = 2
 
 
 class MLP(nn.Module):
@@ -35,15 +20,14 @@ class MLP(nn.Module):
 
     With batch norm the hidden linear layers have no bias. [released code] Weights and biases
     are PyTorch's default initialisation, uniform in ±1/sqrt(inputs of the layer), drawn from
-    `generator`. Maps inputs [n, input_dim] to logits [n, classes].
+    `generator`. Maps inputs [n, input_dim] to logits [n, 2].
     """
 
     def __init__(
         self,
         input_dim: int,
         settings: ModelSettings,
-        classes: int = 2,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator,
     ) -> None:
         super().__init__()
         widths = [input_dim] + [settings.hidden_units] * settings.hidden_layers
@@ -51,7 +35,7 @@ class MLP(nn.Module):
             _linear(inputs, outputs, not settings.batch_norm, generator)
             for inputs, outputs in itertools.pairwise(widths)
         )
-        self.linears.append(_linear(widths[-1], classes, True, generator))
+        self.linears.append(_linear(widths[-1], CLASSES, True, generator))
         self.norms = nn.ModuleList(
             nn.BatchNorm1d(width) for width in widths[1:] if settings.batch_norm
         )
@@ -66,7 +50,7 @@ class MLP(nn.Module):
         return self.linears[-1](hidden)
 
 
-def _linear(inputs: int, outputs: int, bias: bool, generator: torch.Generator | None) -> nn.Linear:
+def _linear(inputs: int, outputs: int, bias: bool, generator: torch.Generator) -> nn.Linear:
     # `nn.Linear` would draw from PyTorch's global generator.
     linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias)
     bound = 1 / math.sqrt(inputs)

@@ -1,47 +1,74 @@
-"""Draw what flooding does: train and test curves without flooding and with the chosen level.
+"""Draw what flooding does: curves and decision boundaries without flooding and with it.
 
-`python plot.py --run-id ID` draws the two pictures of a demo again from what MLflow has.
+`python plot.py --run-id ID` draws the pictures of a demo again from what MLflow has.
 """
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from train import History, LevelScores
+from datasets import true_boundary
+from results import choose_flood_levels, compare
+from train import Boundary
 
 WITHOUT_COLOR = "#D55E00"  # vermillion and blue of the Okabe-Ito colour-blind-safe palette
 WITH_COLOR = "#0072B2"
+STOPPING_COLORS = {"last epoch": "#0072B2", "early": "#E69F00"}  # blue and orange
 NEUTRAL_COLOR = "#555555"
+OTHER_COLOR = "#999999"  # of flood levels that no picture shows
 TRAIN_STYLE = (0, (4, 2))  # dashed
-TEST_STYLE = "solid"
+CLASS_MAP = LinearSegmentedColormap.from_list("classes", ["#ffffff", "#9a9a9a"])
+
+
+def compared_level(history: pd.DataFrame, labels: str) -> tuple[float, float]:
+    """Return the chosen flood level, and the one that the pictures compare with no flooding.
+
+    Chosen by the last epoch's validation accuracy, its mean over the trials. Where that is no
+    flooding, the best of the other levels is compared, if there are any.
+    """
+    last = history[history.epoch == history.epoch.max()]
+    means = last.groupby("flood_level", as_index=False).mean()
+    chosen = choose_flood_levels(means, labels).flood_level.item()
+    flooded = means[means.flood_level > 0]
+    if chosen == 0 and len(flooded):
+        return chosen, choose_flood_levels(flooded, labels).flood_level.item()
+    return chosen, chosen
+
+
+def colors(flood_levels: Sequence[float], compared: float) -> dict[float, str]:
+    """Return the colour of each flood level, that of the pictures where they show it."""
+    shown = {level: color for level, _, color in _sides(compared)}
+    return {level: shown.get(level, OTHER_COLOR) for level in flood_levels}
 
 
 def draw_demo(
-    history: History, parameters: Mapping[str, object], directory: Path
-) -> tuple[Path, Path]:
-    """Save `synth_loss.png` and `synth_acc.png` into the folder and return their paths.
+    history: pd.DataFrame, parameters: Mapping[str, object], boundary: Boundary | None
+) -> dict[str, Figure]:
+    """Return a demo's pictures by their file names.
 
-    Training curves are against the noisy labels that were trained on, test curves against the
-    clean ones. [released code] `parameters` are the demo's settings, as values or as strings.
+    `history` has a row a `seed`, `flood_level` and `epoch`, with the METRICS of `train`. Training
+    curves are against the noisy labels that were trained on, test curves against the clean ones.
+    [released code] `parameters` are the demo's settings, as values or as strings.
     """
-    chosen, compared = history.choose(str(parameters["select_on"]))
-    loss = _draw(
-        history, chosen, compared, parameters, "loss", "cross-entropy loss (nats)", "{:.2f}".format
-    )
-    accuracy = _draw(history, chosen, compared, parameters, "accuracy", "accuracy", "{:.1%}".format)
-    paths = directory / "synth_loss.png", directory / "synth_acc.png"
-    for figure, path in zip((loss, accuracy), paths):
-        save(figure, path)
-    return paths
+    chosen, compared = compared_level(history, str(parameters["select_on"]))
+    pictures = {
+        "synth_loss.png": _draw_curves(history, chosen, compared, parameters, "loss"),
+        "synth_acc.png": _draw_curves(history, chosen, compared, parameters, "accuracy"),
+    }
+    if boundary:
+        pictures["synth_boundary.png"] = _draw_boundary(boundary, compared, parameters)
+    return pictures
 
 
 def describe(parameters: Mapping[str, object]) -> str:
@@ -52,97 +79,127 @@ def describe(parameters: Mapping[str, object]) -> str:
         data += f", spiral noise {float(parameters['spiral_noise']):g}"
     momentum = float(parameters["momentum"])
     batch_norm = str(parameters["batch_norm"]) == "True"
+    first, trials = int(parameters["seed"]), int(parameters["trials"])
+    seeds = (
+        f"seed {first}"
+        if trials == 1
+        else f"{trials} trials, seeds {first} to {first + trials - 1}"
+    )
     return (
-        f"{data}, {parameters['train_samples']} training examples; "
+        f"{data}, {_count(parameters['train_samples'], 'training example')}; "
         f"MLP {parameters['hidden_layers']} × {parameters['hidden_units']}"
         f"{' with batch norm' if batch_norm else ''}\n"
         f"{str(parameters['optimizer']).upper().replace('ADAM', 'Adam')}, "
         f"learning rate {float(parameters['learning_rate']):g}"
         f"{f', momentum {momentum:g}' if momentum else ''}, "
         f"batches of {min(int(parameters['batch_size']), int(parameters['train_samples']))}, "
-        f"{parameters['epochs']} epochs; seed {parameters['seed']}"
+        f"{_count(parameters['epochs'], 'epoch')}; {seeds}"
     )
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Save a figure as PNG; the file is moved into place when it is whole."""
-    with _in_place(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+def _count(number: object, what: str) -> str:
+    return f"{number} {what}{'s' * (int(number) != 1)}"
 
 
-def write_text(text: str, path: Path) -> None:
-    """Write a text file; it is moved into place when it is whole."""
-    with _in_place(path) as temporary:
-        temporary.write_text(text)
+def save(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
+    """Save pictures into a folder, made if need be; each is moved into place when it is whole."""
+    paths = []
+    for name, figure in figures.items():
+        with in_place(directory / name) as temporary:
+            figure.savefig(temporary, dpi=150)
+        paths.append(directory / name)
+    return paths
 
 
 @contextlib.contextmanager
-def _in_place(path: Path) -> Iterator[Path]:
+def in_place(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write a file to, and move it to `path` when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         yield temporary
         temporary.replace(path)
 
 
-def _draw(
-    history: History,
-    chosen: int,
-    compared: int,
+def _sides(compared: float) -> list[tuple[float, str, str]]:
+    """The flood levels that a picture shows, with their names and colours."""
+    sides = [(0.0, "without flooding", WITHOUT_COLOR), (compared, "with flooding", WITH_COLOR)]
+    return sides if compared else sides[:1]
+
+
+def _draw_curves(
+    history: pd.DataFrame,
+    chosen: float,
+    compared: float,
     parameters: Mapping[str, object],
     score: str,
-    label: str,
-    number: Callable[[float], str],
 ) -> Figure:
     figure = Figure(figsize=(9, 5.2))
     axes = figure.subplots()
-    figure.subplots_adjust(left=0.1, right=0.72, top=0.83, bottom=0.11)
-    level = history.flood_levels[compared]
-    sides = [(0, "without flooding", WITHOUT_COLOR)]
-    if compared:
-        sides.append((compared, "with flooding", WITH_COLOR))
-    ends = []
-    for model, side, color in sides:
-        for split, style in (("train", TRAIN_STYLE), ("test", TEST_STYLE)):
-            metric = f"{split}_{score}" + ("_clean" if split == "test" else "")
-            curve = history.metrics[metric][:, model]
-            axes.plot(history.epochs, curve, color=color, linestyle=style, linewidth=1.8)
-            ends.append((curve[-1], f"{number(curve[-1])}  {split}, {side}", color))
+    figure.subplots_adjust(left=0.1, right=0.72, top=0.83, bottom=0.13)
+    number = "{:.2f}".format if score == "loss" else "{:.1%}".format
+    ends, bands = [], []
+    for level, side, color in _sides(compared):
+        trials = history[history.flood_level == level].groupby("epoch")
+        for split, labels, style in (("train", "noisy", TRAIN_STYLE), ("test", "clean", "solid")):
+            curve = trials[f"{split}_{score}_{labels}"].agg(["mean", "std"])
+            mean, deviation = curve["mean"], curve["std"].fillna(0)
+            axes.plot(
+                mean.index,
+                mean,
+                color=color,
+                linestyle=style,
+                linewidth=1.8,
+                label=f"{split}, {side}",
+            )
+            bands.append(pd.DataFrame({"low": mean - deviation, "high": mean + deviation}))
+            if deviation.any():
+                axes.fill_between(
+                    mean.index, *bands[-1].to_numpy().T, color=color, alpha=0.15, linewidth=0
+                )
+            ends.append((mean.iloc[-1], f"{number(mean.iloc[-1])}  {split}, {side}", color))
     if score == "loss" and compared:
-        axes.axhline(level, color=NEUTRAL_COLOR, linestyle=":", linewidth=1.4, zorder=1)
-        ends.append((level, f"flood level b = {level:g}", NEUTRAL_COLOR))
-    axes.set_xlim(0, history.epochs[-1])
-    if score == "loss":
-        axes.set_ylim(bottom=0)
-    else:
-        # From the worst that comes after the first epochs' climb.
-        late = history.epochs >= history.epochs[-1] / 20
-        worst = min(line.get_ydata()[late].min() for line in axes.get_lines())
-        axes.set_ylim(worst - 0.05 * (1 - worst) - 0.005, 1.005)
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.axhline(compared, color=NEUTRAL_COLOR, linestyle=":", linewidth=1.4, zorder=1)
+        ends.append((compared, f"flood level b = {compared:g}", NEUTRAL_COLOR))
+    epochs = history.epoch.max()
+    axes.set_xlim(0, epochs)
+    _limit(axes, score, pd.concat(bands), epochs)
     axes.set_xlabel("epoch")
-    axes.set_ylabel(label)
+    axes.set_ylabel("cross-entropy loss (nats)" if score == "loss" else "accuracy")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     _label_ends(axes, ends)
 
-    title = f"{score.capitalize()} without and with flooding"
+    title = f"{score.capitalize()} without{' and with' if compared else ''} flooding"
     if compared and not chosen:
         title += " (validation chose no flooding)"
+    _write_title(figure, title, parameters)
+    figure.legend(
+        [Line2D([], [], color=NEUTRAL_COLOR, linestyle=style) for style in (TRAIN_STYLE, "solid")],
+        ["train, noisy labels", "test, clean labels"],
+        loc="lower right", bbox_to_anchor=(0.995, 0.0), frameon=False, fontsize=9,
+    )  # fmt: skip
+    return figure
+
+
+def _limit(axes: Axes, score: str, bands: pd.DataFrame, epochs: int) -> None:
+    """Frame the curves: all but the first epochs' climb, and all but a rare leap of the loss."""
+    late = bands[bands.index >= epochs / 20]
+    if score == "accuracy":
+        worst = max(0.0, late.low.min())
+        axes.set_ylim(worst - 0.05 * (1 - worst) - 0.005, 1.005)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        return
+    highest, usual = bands.high.max(), late.high.quantile(0.95)
+    axes.set_ylim(0, 1.05 * min(highest, 2.5 * usual))
+    if highest > 2.5 * usual:
+        axes.text(0.01, 0.985, f"▲ up to {highest:.2f}", transform=axes.transAxes, fontsize=8,
+                  color=NEUTRAL_COLOR, va="top")  # fmt: skip
+
+
+def _write_title(figure: Figure, title: str, parameters: Mapping[str, object]) -> None:
     figure.text(0.1, 0.945, title, fontsize=14, fontweight="bold")
     figure.text(0.1, 0.855, describe(parameters), fontsize=9, color=NEUTRAL_COLOR)
-    handles = [
-        Line2D([], [], color=NEUTRAL_COLOR, linestyle=TRAIN_STYLE),
-        Line2D([], [], color=NEUTRAL_COLOR, linestyle=TEST_STYLE),
-    ]
-    figure.legend(
-        handles,
-        ["train, noisy labels", "test, clean labels"],
-        loc="upper right",
-        bbox_to_anchor=(0.995, 0.99),
-        frameon=False,
-        fontsize=9,
-    )
-    return figure
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
@@ -174,27 +231,72 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
         )
 
 
-STOPPING_COLORS = {"A": "#0072B2", "B": "#E69F00"}  # blue and orange of the same palette
-STOPPING_NAMES = {"A": "A: last epoch", "B": "B: early stopping"}
+def _draw_boundary(boundary: Boundary, compared: float, parameters: Mapping[str, object]) -> Figure:
+    sides = _sides(compared)
+    figure = Figure(figsize=(9, 5.9 if len(sides) > 1 else 8.2))
+    panels = figure.subplots(1, len(sides), squeeze=False)[0]
+    figure.subplots_adjust(left=0.06, right=0.98, top=0.76, bottom=0.14, wspace=0.12)
+    axis, inputs, labels = boundary.axis, boundary.inputs, boundary.labels
+    flipped = labels != boundary.clean_labels
+    plane = np.stack([x.ravel() for x in np.meshgrid(axis, axis)], axis=1)
+    truth = true_boundary(str(parameters["dataset"]), plane).reshape(len(axis), len(axis))
+    networks = zip(panels, sides, boundary.probability, boundary.predictions)
+    for axes, (level, side, color), probability, predictions in networks:
+        axes.pcolormesh(axis, axis, probability, cmap=CLASS_MAP, vmin=0, vmax=1, rasterized=True)
+        axes.contour(
+            axis, axis, truth, [0], colors="black", linestyles=[TRAIN_STYLE], linewidths=1.2
+        )
+        axes.contour(axis, axis, probability, [0.5], colors=color, linewidths=2)
+        for label, face in ((0, "white"), (1, "black")):
+            of_class = inputs[labels == label].T
+            axes.scatter(
+                *of_class, s=20, facecolor=face, edgecolor="black", linewidth=0.8, zorder=3
+            )
+        axes.scatter(*inputs[flipped].T, s=120, facecolor="none", edgecolor=color,
+                     linewidth=2, zorder=4)  # fmt: skip
+        name = f"{side}, b = {level:g}" if level else side
+        learned = (predictions == labels)[flipped].sum()
+        axes.set_title(
+            f"{name}:\nlearned {learned} of {_count(flipped.sum(), 'flipped label')}",
+            color=color, fontsize=11, fontweight="bold",
+        )  # fmt: skip
+        axes.set_aspect("equal")
+        axes.set_xticks([])
+        axes.set_yticks([])
+    _write_title(figure, "What the network learned", {**parameters, "trials": 1})
+
+    def point(**style: object) -> Line2D:
+        return Line2D([], [], linestyle="none", marker="o", **style)
+
+    handles = {
+        "trained as class 1": point(color="black"),
+        "trained as class 0": point(markerfacecolor="white", markeredgecolor="black"),
+        "label flipped": point(
+            markersize=11, markerfacecolor="none", markeredgecolor=NEUTRAL_COLOR, markeredgewidth=2
+        ),
+        "true boundary": Line2D([], [], color="black", linestyle=TRAIN_STYLE, linewidth=1.2),
+        "network's boundary": Line2D([], [], color=NEUTRAL_COLOR, linewidth=2),
+        "probability of class 1": Line2D([], [], color="#9a9a9a", linewidth=8),
+    }
+    figure.legend(handles.values(), handles, loc="lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
 
 
-def draw_table(
-    settings: Mapping[tuple[str, float], Sequence[tuple[LevelScores, LevelScores]]], path: Path
-) -> None:
-    """Save a panel a setting: noisy-label test accuracy against the flood level, A and B.
+def draw_table(cells: pd.DataFrame) -> Figure:
+    """Return a panel a setting: noisy-label test accuracy against the flood level, by stopping.
 
-    `settings` maps (data set, label noise) to the scores of its trials, A and B each.
+    `cells` are the table's raw figures, see `results.read_cells`.
     """
-    datasets = list(dict.fromkeys(dataset for dataset, _ in settings))
-    noises = sorted({noise for _, noise in settings})
-    size = 1 + 3.6 * len(noises), 1.3 + 2.7 * len(datasets)
+    table = compare(cells).query("labels == 'noisy'")
+    datasets, noises = table.dataset.unique(), sorted(table.label_noise.unique())
+    size = 1 + 3.6 * len(noises), 1.5 + 2.7 * len(datasets)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(datasets), len(noises), squeeze=False, sharex=True)
     for row, dataset in zip(panels, datasets):
         for axes, noise in zip(row, noises):
-            trials = settings[dataset, noise]
-            for side, (stopping, color) in enumerate(STOPPING_COLORS.items()):
-                _draw_levels(axes, [trial[side] for trial in trials], color, stopping)
+            setting = (table.dataset == dataset) & (table.label_noise == noise)
+            rows = cells[(cells.dataset == dataset) & (cells.label_noise == noise)]
+            _draw_levels(axes, rows, table[setting])
             axes.set_title(f"{dataset}, {100 * noise:g}% label noise", fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)
             axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -204,63 +306,59 @@ def draw_table(
         axes.set_xlabel("flood level b (nats)")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    count = len(next(iter(settings.values())))
+    trials = " or ".join(str(count) for count in sorted(table.trials.unique()))
     figure.suptitle(
         f"Accuracy on noisy test labels against the flood level\n"
-        f"mean and standard deviation of {count} trial{'s' * (count > 1)}",
+        f"mean and standard deviation, {trials} trial{'s' * (trials != '1')} a setting; "
+        f"curves leave the frame where flooding breaks down",
         fontsize=11,
     )
-    save(figure, path)
+    return figure
 
 
-def _draw_levels(axes: Axes, scores: list[LevelScores], color: str, stopping: str) -> None:
-    levels = scores[0].flood_levels
-    accuracy = np.array([trial.scores["test_accuracy"] for trial in scores])  # [trials, K]
-    chosen = [trial.choose() for trial in scores]
-    name = STOPPING_NAMES[stopping]
-    mean = accuracy.mean(axis=0)
-    axes.plot(levels, mean, color=color, linewidth=1.6, label=name)
-    if len(scores) > 1:
-        deviation = accuracy.std(axis=0, ddof=1)
-        axes.fill_between(
-            levels, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0
-        )
-    axes.axhline(
-        mean[0], color=color, linestyle=":", linewidth=1.2, label=f"{stopping}: without flooding"
-    )
-    axes.plot(
-        levels[chosen].mean(),
-        accuracy[np.arange(len(scores)), chosen].mean(),
-        marker="D",
-        color=color,
-        markeredgecolor="black",
-        markersize=7,
-        linestyle="none",
-        label=f"{stopping}: mean chosen b and its accuracy",
-    )
+def _draw_levels(axes: Axes, cells: pd.DataFrame, table: pd.DataFrame) -> None:
+    lows, highs = [], []
+    for setting in table.itertuples():
+        color = STOPPING_COLORS[setting.stopping]
+        of_level = cells[cells.stopping == setting.stopping].groupby("flood_level")
+        curve = of_level.test_accuracy_noisy.agg(["mean", "std"])
+        mean, deviation = curve["mean"], curve["std"].fillna(0)
+        high = (mean + deviation).clip(upper=1)
+        axes.plot(mean.index, mean, color=color, linewidth=1.6, label=setting.stopping)
+        axes.fill_between(mean.index, mean - deviation, high, color=color, alpha=0.15, linewidth=0)
+        axes.axhline(
+            setting.without_flooding_mean, color=color, linestyle=":", linewidth=1.2,
+            label=f"{setting.stopping}: without flooding",
+        )  # fmt: skip
+        axes.plot(
+            setting.flood_level_mean, setting.with_flooding_mean, marker="D", color=color,
+            markeredgecolor="black", markersize=7, linestyle="none",
+            label=f"{setting.stopping}: mean chosen b and its accuracy",
+        )  # fmt: skip
+        lows += [setting.without_flooding_mean, setting.with_flooding_mean]
+        lows.append((mean - deviation)[mean.index <= setting.flood_level_mean].median())
+        highs.append(high.max())
+    low, high = min(lows), max(highs)
+    margin = max(0.15 * (high - low), 0.002)
+    axes.set_ylim(low - 2 * margin, min(high + margin, 1 + margin / 2))
 
 
 def main() -> None:
-    from arguments import Parser, check_output_dir
-
-    parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("--run-id", required=True, metavar="ID", help="the demo's run in MLflow")
-    parser.add_argument(
-        "--output-dir", type=Path, default=Path("."), metavar="DIR",
-        help="folder for the pictures",
-    )  # fmt: skip
-    arguments = parser.parse_args()
-    with parser.value_errors():
-        check_output_dir(arguments.output_dir)
-
+    from arguments import Parser, add_output_dir, check_output_dir
     from tracking import TrackingError, load_demo
 
+    parser = Parser("Draw the pictures of a demo again from what MLflow has.")
+    parser.add_argument("--run-id", required=True, metavar="ID", help="a run of the demo in MLflow")
+    add_output_dir(parser)
+    arguments = parser.parse_args()
+    with parser.setting_errors():
+        check_output_dir(arguments.output_dir)
     try:
-        parameters, history = load_demo(arguments.run_id)
+        history, parameters, arrays = load_demo(arguments.run_id)
     except TrackingError as error:
-        parser.error(str(error))
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    for path in draw_demo(history, parameters, arguments.output_dir):
+        parser.error(f"--run-id {arguments.run_id}: {error}")
+    boundary = Boundary(**arrays) if arrays else None
+    for path in save(draw_demo(history, parameters, boundary), arguments.output_dir):
         print(path)
 
 

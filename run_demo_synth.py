@@ -1,36 +1,24 @@
 """Train with and without flooding on the paper's synthetic data and see the difference.
 
 Without flags this is the authors' demo: the two-dimensional sinusoid with a tenth of the labels
-flipped, an MLP without flooding and with three flood levels. It saves `synth_loss.png` and
-`synth_acc.png`, prints a table and logs every run to MLflow.
+flipped, an MLP without flooding and with three flood levels. It saves `synth_loss.png`,
+`synth_acc.png` and `synth_boundary.png`, prints a table and logs every run to MLflow.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arguments import (
-    DATASETS,
-    Parser,
-    add_shared_flags,
-    check_output_dir,
-    exit_on_signals,
-    fill_defaults,
-    resolve_device,
-    settings_from,
-)
+from arguments import DATASETS, Parser, add_shared_flags, fill_defaults, settings_from
+from settings import DataSettings, ModelSettings, TrainSettings, check_flood_level
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from train import History
+    import pandas as pd
 
 # The authors' demo [released code]: setting 1, SGD, is the one that it runs; setting 2, Adam,
 # is present there but never run.
@@ -65,136 +53,115 @@ def parse_arguments() -> tuple[Parser, argparse.Namespace]:
         "--eval-every", type=int, default=1, metavar="N",
         help="epochs between evaluations; the last epoch is always evaluated",
     )  # fmt: skip
+    parser.add_argument(
+        "--trials", type=int, default=1, metavar="N",
+        help="trials; trial t draws data and weights from seed + t",
+    )  # fmt: skip
     add_shared_flags(parser, DEFAULTS)
     arguments = parser.parse_args()
-    with parser.value_errors():
+    with parser.setting_errors():
         fill_defaults(arguments)
-        check_output_dir(arguments.output_dir)
-    levels = getattr(arguments, "flood_levels", FLOOD_LEVELS[arguments.optimizer])
-    for level in levels:
-        if not 0 <= level < math.inf:
-            parser.error(f"--flood-levels {level}: finite numbers >= 0")
+        levels = getattr(arguments, "flood_levels", FLOOD_LEVELS[arguments.optimizer])
+        for level in levels:
+            check_flood_level(level)
     arguments.flood_levels = sorted({0.0, *levels})
     return parser, arguments
 
 
 def main() -> None:
     parser, arguments = parse_arguments()
-    exit_on_signals()
-
-    # Heavy imports, only now: --help and most wrong flags are answered at once.
-    import torch
-
-    from datasets import DataSettings, make_dataset
-    from models import MLP, ModelSettings
-    from train import DivergenceError, TrainSettings, prepare_process, train
-
-    prepare_process()
-    with parser.value_errors():
-        device = resolve_device(arguments.device, arguments.tf32)
+    with parser.setting_errors():
         data_settings = settings_from(DataSettings, arguments)
         model_settings = settings_from(ModelSettings, arguments)
         train_settings = settings_from(TrainSettings, arguments)
         train_settings.check_batches(data_settings.train_samples, model_settings.batch_norm)
+
+    # Heavy imports, only now: --help and wrong flags are answered at once.
+    import pandas as pd
+    import torch
+
+    import plot
+    import tracking
+    from datasets import make_dataset
+    from models import MLP
+    from process import exit_on_signals, prepare_process
+    from progress import progress_bar
+    from results import summarize
+    from store import Store, TrackingError
+    from train import DivergenceError, count_epochs, find_boundary, train
+
+    exit_on_signals()
+    with parser.setting_errors():
+        device = prepare_process(arguments.device)
+    levels = arguments.flood_levels
     parameters = {
         **vars(arguments),
         **asdict(data_settings),
-        "flood_levels": " ".join(f"{level:g}" for level in arguments.flood_levels),
+        "flood_levels": " ".join(f"{level:g}" for level in levels),
         "device": device.type,
     }
-
-    from plot import describe, draw_demo
-    from tracking import DEMO_EXPERIMENT, DemoTracker, Store, TrackingError, ui_command
-
     try:
-        store = Store(DEMO_EXPERIMENT)
+        tags = tracking.experiment_tags(tracking.DEMO_DESCRIPTION, group_by="flood_level")
+        store = Store(tracking.DEMO_EXPERIMENT, tags)
     except TrackingError as error:
         parser.error(str(error))
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    setting = describe(parameters)
-    print(setting.replace("\n", "; "), f"on {device.type}", flush=True)
+    log = tracking.DemoLog(store, parameters, levels, device)
+    print(plot.describe(parameters).replace("\n", "; "), f"on {device.type}", flush=True)
 
-    name = f"{arguments.dataset} {arguments.label_noise:g} {arguments.optimizer} {arguments.seed}"
-    data = make_dataset(data_settings, arguments.seed)
-    generator = torch.Generator().manual_seed(arguments.seed)
-    network = MLP(data.train.inputs.shape[1], model_settings, generator=generator)
+    history, first, missing = [], {}, None
+    total = arguments.trials * count_epochs(levels, arguments.epochs, device)
     try:
-        with (
-            DemoTracker(store, name, parameters, arguments.flood_levels, device) as tracker,
-            EpochBar(arguments.epochs, arguments.flood_levels) as bar,
-        ):
-
-            def on_epoch(epoch: int, metrics: Mapping[str, np.ndarray]) -> None:
-                tracker.log_epoch(epoch, metrics)
-                bar.show(epoch, metrics)
-
-            history = train(
-                network,
-                data,
-                arguments.flood_levels,
-                train_settings,
-                device,
-                generator,
-                on_epoch,
-            )
-            chosen, compared = history.choose(arguments.select_on)
-            tracker.log_result(history, chosen, compared)
-            pictures = []
-            # Logged before they are moved into place, where another demo may replace them.
-            with tempfile.TemporaryDirectory(dir=arguments.output_dir) as folder:
-                for drawing in draw_demo(history, parameters, Path(folder)):
-                    tracker.log_artifact(drawing)
-                    pictures.append(drawing.replace(arguments.output_dir / drawing.name))
+        with store, progress_bar(total, "epoch") as bar:
+            for seed in range(arguments.seed, arguments.seed + arguments.trials):
+                data = make_dataset(data_settings, seed)
+                generator = torch.Generator().manual_seed(seed)
+                network = MLP(data.train.inputs.shape[1], model_settings, generator)
+                log.start_trial(data_settings, seed, data)
+                for now in train(
+                    network, data, levels, train_settings, device, generator, on_epoch=bar.update
+                ):
+                    log.evaluation(now)
+                    of_models = levels[now.models]
+                    columns = {"seed": seed, "flood_level": of_models, "epoch": now.epoch}
+                    history.append(pd.DataFrame({**columns, **now.metrics}))
+                    bar.set_postfix_str(losses(history[-1]), refresh=False)
+                    if seed == arguments.seed:  # the first trial's networks are drawn
+                        first_data = data
+                        for model, level in enumerate(of_models):
+                            first[level] = [matrix[model, None] for matrix in now.folded]
+            history = pd.concat(history, ignore_index=True)
+            results = summarize(history, arguments.select_on)
+            chosen, compared = plot.compared_level(history, arguments.select_on)
+            boundary = None
+            if network.linears[0].in_features == 2:
+                shown = [first[level] for level in dict.fromkeys([0.0, compared])]
+                boundary = find_boundary(shown, first_data.train)
+            pictures = plot.draw_demo(history, parameters, boundary)
+            with tempfile.TemporaryDirectory() as folder:
+                # Logged before they are moved into place, where another demo may replace them.
+                files = plot.save(pictures, Path(folder))
+                log.result(results, chosen, plot.colors(levels, compared), files, boundary)
+            paths = plot.save(pictures, arguments.output_dir)
     except DivergenceError as error:
         sys.exit(f"{parser.prog}: error: {error}")
+    except TrackingError as error:
+        missing = error
 
-    print_table(history, chosen)
-    print("\nPictures:", *pictures)
-    print(f"Runs: {ui_command()}")
-
-
-def print_table(history: History, chosen: int) -> None:
-    """Print a row a flood level: last-epoch scores against the clean labels."""
-    print("\nLast epoch, clean labels, accuracies in %:\n")
-    print("flood level   train     val    test   test loss")
-    for model, level in enumerate(history.flood_levels):
-        train_accuracy, val_accuracy, test_accuracy = (
-            100 * history.metrics[f"{split}_accuracy_clean"][-1, model]
-            for split in ("train", "val", "test")
-        )
-        print(
-            f"{f'{level:g}' if level else 'no flooding':11}"
-            f"{train_accuracy:8.1f}{val_accuracy:8.1f}{test_accuracy:8.1f}"
-            f"{history.metrics['test_loss_clean'][-1, model]:12.3f}"
-            f"{'  <- chosen' if model == chosen else ''}"
-        )
+    print(f"\n{results}\n")
+    print("Pictures:", *paths)
+    for line in log.how_to_look():
+        print(line)
+    if missing:
+        sys.exit(f"{parser.prog}: error: {missing}")
 
 
-class EpochBar:
-    """A progress bar over the epochs with the current losses; none where output is no terminal."""
-
-    def __init__(self, epochs: int, flood_levels: Sequence[float]) -> None:
-        from tqdm import tqdm
-
-        self._flood_levels = flood_levels
-        self._bar = tqdm(total=epochs, unit="epoch", disable=None, dynamic_ncols=True, leave=False)
-
-    def __enter__(self) -> EpochBar:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._bar.close()
-
-    def show(self, epoch: int, metrics: Mapping[str, np.ndarray]) -> None:
-        if metrics:
-            losses = (
-                f"{level:g}: {train:.2f}/{test:.2f}"
-                for level, train, test in zip(
-                    self._flood_levels, metrics["train_loss"], metrics["test_loss_clean"]
-                )
-            )
-            self._bar.set_postfix_str(f"train/test loss {', '.join(losses)}", refresh=False)
-        self._bar.update(epoch - self._bar.n)
+def losses(rows: pd.DataFrame) -> str:
+    """Return the current losses of the models that train, for the progress bar."""
+    shown = (
+        f"{r.flood_level:g}: {r.train_loss_noisy:.2f}/{r.test_loss_clean:.2f}"
+        for r in rows[:5].itertuples()
+    )
+    return f"train/test loss {', '.join(shown)}{' ...' if len(rows) > 5 else ''}"
 
 
 if __name__ == "__main__":

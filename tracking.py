@@ -1,361 +1,124 @@
-"""Log runs to MLflow, and read them back.
+"""What MLflow keeps of the experiments, and how it is read back.
 
-The store is what MLFLOW_TRACKING_URI says, else `sqlite:///mlflow.db` in the current folder,
-which is what a bare `mlflow ui` there opens.
+A run of the demo is one flood level of one trial, a run of the table one cell. Runs stand side
+by side, tied together by tags, so that the chart view compares them at once.
 """
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import hashlib
 import json
-import logging
-import os
 import platform
+import re
+import secrets
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from urllib.parse import quote
 
-import numpy as np
-import torch
-
-from train import LEVEL_SCORES, METRICS, History, LevelScores
-
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 import mlflow
-from mlflow.entities import Metric, Param, Run, RunStatus
-from mlflow.exceptions import MlflowException
+import numpy as np
+import pandas as pd
+import torch
+from mlflow.entities import DatasetInput, InputTag
 
-DEMO_EXPERIMENT = "flooding-synth"
-TABLE_EXPERIMENT = "flooding-table"
-FLUSH_SECONDS = 3.0  # what a crash loses at most
-PARENT_TAG = "mlflow.parentRunId"
+from datasets import Dataset
+from settings import DataSettings
+from store import Run, Store, TrackingError, reading_client, tracking_uri, without_password
+from train import METRICS, SPLITS, Boundary, Evaluation
 
-# The database set-up of a new store reports every migration.
-for chatty in ("mlflow", "alembic"):
-    logging.getLogger(chatty).setLevel(logging.ERROR)
+DEMO_EXPERIMENT, TABLE_EXPERIMENT = "flooding-synth", "flooding-table"
+# The first line is what the folded description shows. The UI opens at its page for language
+# models: the link goes to the charts.
+DEMO_DESCRIPTION = """\
+[**Show the charts**]({charts}) of training with and without flooding, or \
+[**means over the trials**]({means}) by flood level.
+
+By `run_demo_synth.py`. Each run is one flood level b of one trial; the tag `demo` ties the runs of
+one demo together, and the chosen level is marked in its name. `train/loss_noisy` goes to zero
+without flooding and floats around b with it; `test/loss_clean` and `test/accuracy_clean` show what
+that does on the true labels. `_noisy` is against the labels as they are given, a part of them
+flipped, `_clean` against the true ones.
+"""
+TABLE_DESCRIPTION = """\
+[**Show the charts**]({means}) of the paper's synthetic table: scores against the flood level, \
+means over the trials, a curve a data set and label noise.
+
+By `run_table_synth.py`. Each run is a cell: one trial of one setting. Its curves go over the flood
+levels, not over time: step k is the k-th level, 0, 0.01, 0.02, ... by default. `last_epoch` is
+without, `early` with early stopping. A run named `table` has the finished table as its artifacts.
+"""
+MEANS = "means"  # the key of the saved view that shows them
+DEMO_NOTE = "The whole demo, of which this run is one flood level of one trial:"
+CELL_FILE = "cell.csv"
+BOUNDARY_FILE = "boundary.npz"  # what `synth_boundary.png` is drawn from
 
 
-class TrackingError(Exception):
-    """The tracking store cannot be reached, or lacks what is asked of it."""
+def metric_name(name: str) -> str:
+    """Return a metric's name in MLflow, where what is before the slash makes a section."""
+    return name.replace("_", "/", 1)
 
 
-def tracking_uri() -> str:
-    """Return where the runs are kept: MLFLOW_TRACKING_URI, else SQLite in the current folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+def experiment_tags(description: str, group_by: str) -> Callable[[str], dict[str, str]]:
+    """Return what makes an experiment's tags from its id: its description, and a saved view.
 
-
-def ui_command() -> str:
-    """Return how a user sees the runs; a database's password stays out of it."""
-    uri = tracking_uri()
-    if uri.startswith(("http:", "https:")):
-        return f"open {uri}"
-    shown = uri if uri.startswith("sqlite:") else "$MLFLOW_TRACKING_URI"
-    return f"mlflow ui --backend-store-uri {shown}"
-
-
-class Store:
-    """An experiment of the tracking store, made if it is not there.
-
-    Raises:
-        TrackingError: the store cannot be reached.
+    The view, which MLflow's own "share" button makes too, has the means over all runs that have
+    the parameter `group_by` in common; an address cannot say that.
     """
 
-    def __init__(self, experiment: str) -> None:
-        uri = tracking_uri()
-        try:
-            with _few_retries(), _set_up_alone(uri):
-                self.client = mlflow.MlflowClient(uri)
-                self.experiment_id = self._experiment_id(experiment)
-        # SQLAlchemy, the HTTP client and the file system have errors of their own.
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise TrackingError(f"MLFLOW_TRACKING_URI {uri}: {reason}") from error
-
-    def _experiment_id(self, name: str) -> str:
-        experiment = self.client.get_experiment_by_name(name)
-        if experiment is None:
-            try:
-                return self.client.create_experiment(name)
-            except MlflowException:  # another process was quicker
-                experiment = self.client.get_experiment_by_name(name)
-                if experiment is None:
-                    raise
-        return experiment.experiment_id
-
-    @contextlib.contextmanager
-    def run(
-        self, name: str, parameters: Mapping[str, object], tags: Mapping[str, str]
-    ) -> Iterator[str]:
-        """Hold a run open and yield its id.
-
-        It ends FINISHED; FAILED where an error passes through; KILLED where the program is
-        interrupted (SystemExit, KeyboardInterrupt).
-        """
-        run = self.client.create_run(self.experiment_id, tags=dict(tags), run_name=name)
-        with self.resume(run.info.run_id) as run_id:
-            self.client.log_batch(
-                run_id, params=[Param(key, str(value)) for key, value in parameters.items()]
-            )
-            yield run_id
-
-    @contextlib.contextmanager
-    def resume(self, run_id: str) -> Iterator[str]:
-        """Hold a run that is there open, as `run` does."""
-        status = RunStatus.KILLED
-        try:
-            self.client.update_run(run_id, RunStatus.to_string(RunStatus.RUNNING))
-            yield run_id
-            status = RunStatus.FINISHED
-        except Exception:
-            status = RunStatus.FAILED
-            raise
-        finally:
-            self.client.set_terminated(run_id, RunStatus.to_string(status))
-
-
-class DemoTracker:
-    """One demo in MLflow: a parent run, and a nested child run a flood level.
-
-    A context manager; `log_epoch` fits the hook of `train.train`. Metrics are collected and
-    written in batches every few seconds.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        name: str,
-        parameters: Mapping[str, object],
-        flood_levels: Sequence[float],
-        device: torch.device,
-    ) -> None:
-        self._store = store
-        self._name = name
-        self._parameters = dict(parameters)
-        self._flood_levels = flood_levels
-        self._tags = environment_tags(device)
-        self._pending: list[list[Metric]] = [[] for _ in flood_levels]
-
-    def __enter__(self) -> DemoTracker:
-        with contextlib.ExitStack() as stack:
-            self.run_id = stack.enter_context(
-                self._store.run(self._name, self._parameters, self._tags)
-            )
-            self._children = [
-                stack.enter_context(
-                    self._store.run(
-                        f"flood level {level:g}" if level else "no flooding",
-                        {**self._parameters, "flood_level": level},
-                        {**self._tags, PARENT_TAG: self.run_id},
-                    )
-                )
-                for level in self._flood_levels
-            ]
-            stack.callback(self._flush)  # first to run, whatever ends the demo
-            self._stack = stack.pop_all()
-        self._flushed_at = time.monotonic()
-        return self
-
-    def __exit__(self, *exception) -> bool | None:
-        return self._stack.__exit__(*exception)
-
-    def log_epoch(self, epoch: int, metrics: Mapping[str, np.ndarray]) -> None:
-        """Take an epoch's metrics, an array [K] a name."""
+    def tags(experiment_id: str) -> dict[str, str]:
+        keys = [{"mode": "param", "groupByData": group_by}]
+        state = {"groupBy": {"aggregateFunction": "average", "groupByKeys": keys}}
         now = int(time.time() * 1000)
-        for name, values in metrics.items():
-            for pending, value in zip(self._pending, values):
-                pending.append(Metric(name, float(value), now, epoch))
-        if time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
-            self._flush()
-
-    def _flush(self) -> None:
-        for run_id, pending in zip(self._children, self._pending):
-            while pending:
-                self._store.client.log_batch(run_id, metrics=pending[:1000])  # MLflow's limit
-                del pending[:1000]
-        self._flushed_at = time.monotonic()
-
-    def log_result(self, history: History, chosen: int, compared: int) -> None:
-        """Log to the parent the chosen level and the last epoch without and with flooding.
-
-        `chosen` and `compared` come from `History.choose`.
-        """
-        now = int(time.time() * 1000)
-        scores = {
-            "chosen_flood_level": history.flood_levels[chosen],
-            "compared_flood_level": history.flood_levels[compared],
-        }
-        for side, model in (("without_flooding", 0), ("with_flooding", compared)):
-            for metric in METRICS:
-                if metric.startswith("test_"):
-                    scores[f"{metric}_{side}"] = history.metrics[metric][-1, model]
-        self._store.client.log_batch(
-            self.run_id,
-            metrics=[
-                Metric(name, float(value), now, int(history.epochs[-1]))
-                for name, value in scores.items()
-            ],
-        )
-
-    def log_artifact(self, path: Path) -> None:
-        """Keep a file with the parent run."""
-        self._store.client.log_artifact(self.run_id, str(path))
-
-
-class TableTracker:
-    """The synthetic table in MLflow: a parent run a table, a nested child run a cell.
-
-    A cell is known by its parameters: one that is FINISHED in the store is not trained again,
-    whatever table it was trained for.
-    """
-
-    def __init__(self, store: Store, device: torch.device) -> None:
-        self._store = store
-        self._tags = environment_tags(device)
-
-    def find_or_create_table(self, name: str, parameters: Mapping[str, object]) -> str:
-        """Return the run id of the table with these parameters.
-
-        Cells that an earlier start left RUNNING when it was killed are marked KILLED: two jobs
-        are not to work on one table at a time.
-        """
-        key = self.key(parameters)
-        runs = self._search(f"tags.table_key = '{key}'")
-        if not runs:
-            with self._store.run(name, parameters, {**self._tags, "table_key": key}) as run_id:
-                return run_id
-        run_id = runs[0].info.run_id
-        for cell in self._search(f"tags.`{PARENT_TAG}` = '{run_id}' and status = 'RUNNING'"):
-            self._store.client.set_terminated(cell.info.run_id, "KILLED")
-        return run_id
-
-    def finished_cells(self) -> dict[str, str]:
-        """Return the run ids of all FINISHED cells in the store by their keys."""
+        view = {"name": f"means by {group_by}", "createdAt": now, "updatedAt": now}
+        charts, means = (_page(experiment_id, more) for more in ("", f"viewStateShareKey={MEANS}"))
         return {
-            run.data.tags["cell_key"]: run.info.run_id
-            for run in self._search("tags.cell_key != '' and status = 'FINISHED'")
+            "mlflow.note.content": description.format(charts=charts, means=means),
+            "mlflow.experimentKind": "custom_model_development",
+            f"mlflow.sharedViewState.{MEANS}": json.dumps({**view, "state": json.dumps(state)}),
         }
 
-    def table(self, run_id: str) -> contextlib.AbstractContextManager[str]:
-        """Hold the table's run open; it ends as `Store.run` says."""
-        return self._store.resume(run_id)
-
-    def cell(
-        self, table_id: str, name: str, parameters: Mapping[str, object]
-    ) -> contextlib.AbstractContextManager[str]:
-        """Hold a new run of a cell open and yield its id."""
-        tags = {**self._tags, PARENT_TAG: table_id, "cell_key": self.key(parameters)}
-        return self._store.run(name, parameters, tags)
-
-    def log_cell(self, run_id: str, last: LevelScores, best: LevelScores) -> None:
-        """Log a cell's chosen levels and scores, and all levels' figures as `levels.csv`.
-
-        A is without, B with early stopping, as in the paper's table.
-        """
-        now, points = int(time.time() * 1000), []
-        for side, scores in (("A", last), ("B", best)):
-            chosen = scores.choose()
-            values = {"chosen_flood_level": scores.flood_levels[chosen]}
-            for name in LEVEL_SCORES:
-                values[f"{name}_without_flooding"] = scores.scores[name][0]
-                values[f"{name}_with_flooding"] = scores.scores[name][chosen]
-            points += [Metric(f"{side}_{k}", float(v), now, 0) for k, v in values.items()]
-        columns = {"flood_level": last.flood_levels}
-        for side, scores in (("A", last), ("B", best)):
-            columns[f"{side}_epoch"] = scores.epochs
-            columns.update((f"{side}_{name}", scores.scores[name]) for name in LEVEL_SCORES)
-        lines = [",".join(columns)]
-        lines += [",".join(str(value.item()) for value in row) for row in zip(*columns.values())]
-        self._store.client.log_text(run_id, "\n".join(lines) + "\n", "levels.csv")
-        self._store.client.log_batch(run_id, metrics=points)
-
-    def load_cell(self, run_id: str) -> tuple[LevelScores, LevelScores]:
-        """Read a cell's `levels.csv` back: the scores of A and of B."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = self._store.client.download_artifacts(run_id, "levels.csv", folder)
-            with Path(path).open(newline="") as file:
-                rows = list(csv.DictReader(file))
-        columns = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
-        last, best = (
-            LevelScores(
-                columns["flood_level"],
-                columns[f"{side}_epoch"].astype(int),
-                {name: columns[f"{side}_{name}"] for name in LEVEL_SCORES},
-            )
-            for side in ("A", "B")
-        )
-        return last, best
-
-    def log_artifact(self, run_id: str, path: Path) -> None:
-        """Keep a file with a run."""
-        self._store.client.log_artifact(run_id, str(path))
-
-    @staticmethod
-    def key(parameters: Mapping[str, object]) -> str:
-        """Return the key of a cell or a table: a hash of its parameters."""
-        text = json.dumps({name: str(value) for name, value in parameters.items()}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-    def _search(self, query: str) -> list[Run]:
-        return list(
-            self._store.client.search_runs([self._store.experiment_id], query, max_results=50_000)
-        )
+    return tags
 
 
-def load_demo(run_id: str) -> tuple[dict[str, str], History]:
-    """Read the parameters and the whole history of a demo back.
+def _page(experiment_id: str, more: str) -> str:
+    """The charts of an experiment, on whatever server shows it."""
+    charts = "workflowType=machine_learning&compareRunsMode=CHART"
+    return f"#/experiments/{experiment_id}/runs?{charts}{'&' * bool(more)}{more}"
 
-    `run_id` is the parent run or one of its children.
 
-    Raises:
-        TrackingError: there is no such run, or it is no demo that logged an epoch.
+def how_to_look(store: Store, more: str) -> list[str]:
+    """Return the lines that tell how to see an experiment's charts in a browser.
+
+    `more` narrows them down, as a part of the address.
     """
-    sqlite_file = tracking_uri().removeprefix("sqlite:///")
-    if sqlite_file != tracking_uri() and not Path(sqlite_file).exists():
-        raise TrackingError(f"--run-id {run_id}: there is no {tracking_uri()}")
-    client = Store(DEMO_EXPERIMENT).client
-    try:
-        run = client.get_run(run_id)
-        parent = client.get_run(run.data.tags.get(PARENT_TAG, run_id))
-    except MlflowException as error:
-        raise TrackingError(f"--run-id {run_id}: no such run in {tracking_uri()}") from error
-    children = client.search_runs(
-        [parent.info.experiment_id], f"tags.`{PARENT_TAG}` = '{parent.info.run_id}'"
-    )
-    children = [child for child in children if "flood_level" in child.data.params]
-    children.sort(key=lambda child: float(child.data.params["flood_level"]))
-    curves = {
-        name: [
-            {
-                point.step: point.value
-                for point in client.get_metric_history(child.info.run_id, name)
-            }
-            for child in children
-        ]
-        for name in METRICS
-    }
-    logged = [set(curve) for of_children in curves.values() for curve in of_children]
-    epochs = sorted(set.intersection(*logged)) if logged else []
-    if not epochs:
-        raise TrackingError(f"--run-id {run_id}: no demo of {DEMO_EXPERIMENT} with logged epochs")
-    history = History(
-        np.array([float(child.data.params["flood_level"]) for child in children]),
-        np.array(epochs),
-        {
-            name: np.array([[curve[epoch] for curve in of_children] for epoch in epochs])
-            for name, of_children in curves.items()
-        },
-    )
-    return parent.data.params, history
+    uri = tracking_uri()
+    if uri.startswith("http"):
+        shown = re.sub("//[^/@]*@", "//", uri).rstrip("/")
+        return [f"Charts: {shown}/{_page(store.experiment_id, more)}"]
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///")).absolute()
+        shown = shlex.quote(f"sqlite:///{path}")
+    else:
+        shown = '"$MLFLOW_TRACKING_URI"'  # may have a password
+    command = f"{shlex.quote(sys.executable)} -m mlflow ui --workers 1 --backend-store-uri {shown}"
+    return [
+        f"Charts: {command}",
+        f"and open http://127.0.0.1:5000/{_page(store.experiment_id, more)}",
+    ]
+
+
+def _level_name(level: float) -> str:
+    return f"b = {level:g}" if level else "no flooding"
 
 
 def environment_tags(device: torch.device) -> dict[str, str]:
-    """What the run ran on: versions, device and, in a git checkout, the commit."""
+    """Return what the run ran on: versions, device and, in a git checkout, the commit."""
     on_gpu = device.type == "cuda"
     tags = {
         "python": platform.python_version(),
@@ -363,41 +126,248 @@ def environment_tags(device: torch.device) -> dict[str, str]:
         "mlflow.source.name": Path(sys.argv[0]).name,
         "device": f"cuda ({torch.cuda.get_device_name(device)})" if on_gpu else device.type,
     }
-    with contextlib.suppress(OSError):  # git is not installed
+    try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"],
             cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
         )
-        if commit.returncode == 0:
-            tags["mlflow.source.git.commit"] = commit.stdout.strip()
+    except OSError:  # git is not installed
+        return tags
+    if commit.returncode == 0:
+        tags["mlflow.source.git.commit"] = commit.stdout.strip()
     return tags
 
 
-@contextlib.contextmanager
-def _few_retries() -> Iterator[None]:
-    """Let a server that is not there be reported in seconds; MLflow retries for minutes."""
-    names = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update({name: value for name, value in names.items() if before[name] is None})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
+def dataset_inputs(settings: DataSettings, seed: int, data: Dataset) -> list[DatasetInput]:
+    """Return what MLflow shows of a data set: of each split its name, size and digest."""
+    inputs = []
+    for name in SPLITS:
+        split = getattr(data, name)
+        digest = hashlib.sha256()
+        for array in asdict(split).values():
+            digest.update(array.tobytes())
+        samples, features = split.inputs.shape
+        columns = [
+            *({"type": "float", "name": f"x{i + 1}", "required": True} for i in range(features)),
+            *({"type": "long", "name": n, "required": True} for n in ("label", "clean_label")),
+        ]
+        dataset = mlflow.entities.Dataset(
+            name=f"{settings.dataset}, label noise {settings.label_noise:g}",
+            digest=digest.hexdigest()[:8],
+            source_type="code",
+            source=json.dumps({"make_dataset": asdict(settings), "seed": seed}),
+            schema=json.dumps({"mlflow_colspec": columns}),
+            profile=json.dumps({"num_rows": samples, "num_elements": samples * features}),
+        )
+        context = {"train": "train", "val": "validation", "test": "test"}[name]
+        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
+    return inputs
 
 
-@contextlib.contextmanager
-def _set_up_alone(uri: str) -> Iterator[None]:
-    """Keep two processes from setting up one new SQLite store at once, which MLflow cannot."""
+class DemoLog:
+    """One demo in MLflow: a run a flood level of each trial."""
+
+    def __init__(
+        self,
+        store: Store,
+        parameters: Mapping[str, object],
+        flood_levels: Sequence[float],
+        device: torch.device,
+    ) -> None:
+        self._store, self._parameters, self._levels = store, parameters, flood_levels
+        demo = secrets.token_hex(4)
+        self._tags = {"demo": demo, **environment_tags(device)}
+        self._query = f"tags.demo = '{demo}'"
+        self._runs: list[dict[float, Run]] = []  # of each trial, by flood level
+
+    def start_trial(self, settings: DataSettings, seed: int, data: Dataset) -> None:
+        """Start a trial's runs."""
+        datasets, runs = dataset_inputs(settings, seed, data), {}
+        for level in self._levels:
+            parameters = {**self._parameters, "seed": seed, "flood_level": level}
+            runs[level] = self._store.start(_level_name(level), parameters, self._tags, datasets)
+        self._runs.append(runs)
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """Log an evaluation of the trial that was started last."""
+        for model, level in enumerate(self._levels[evaluation.models]):
+            metrics = {metric_name(k): values[model] for k, values in evaluation.metrics.items()}
+            self._store.log_metrics(self._runs[-1][level], metrics, evaluation.epoch)
+
+    def result(
+        self,
+        summary: str,
+        chosen: float,
+        colors: Mapping[float, str],
+        pictures: Sequence[Path],
+        boundary: Boundary | None,
+    ) -> None:
+        """Mark the chosen level, describe and colour the runs, and end them.
+
+        The pictures hang on every run of the first trial; what the boundary is drawn from, with
+        the first of them.
+        """
+        for runs in self._runs:
+            for level, run in runs.items():
+                tags = {
+                    "mlflow.runColor": colors[level],
+                    "mlflow.note.content": f"{DEMO_NOTE}\n```\n{summary}\n```\n",
+                    "chosen": "yes" if level == chosen else "no",
+                }
+                self._store.set_tags(run, tags)
+                if level == chosen:
+                    self._store.rename(run, f"{_level_name(level)} (chosen)")
+        for run in self._runs[0].values():
+            for path in pictures:
+                self._store.log_file(run, path)
+        if boundary:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / BOUNDARY_FILE
+                np.savez_compressed(path, **vars(boundary))
+                self._store.log_file(next(iter(self._runs[0].values())), path)
+        for runs in self._runs:
+            for run in runs.values():
+                self._store.end(run)
+
+    def how_to_look(self) -> list[str]:
+        """Return the lines that tell how to see this demo's runs in a browser.
+
+        Several trials are shown as means, over all demos: the charts hold ten runs at first.
+        """
+        one = f"searchFilter={quote(self._query)}"
+        more = one if len(self._runs) == 1 else f"viewStateShareKey={MEANS}"
+        return how_to_look(self._store, more)
+
+
+def load_demo(
+    run_id: str,
+) -> tuple[pd.DataFrame, dict[str, str], dict[str, np.ndarray] | None]:
+    """Read a demo back: its history, its parameters and what its boundary is drawn from.
+
+    `run_id` is any of the demo's runs. The history has a row a `seed`, `flood_level` and `epoch`.
+
+    Raises:
+        TrackingError: there is no such run, or it is no whole demo.
+    """
+    client = reading_client()
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    key = hashlib.sha256(f"{os.getuid()} {Path.cwd()} {uri}".encode()).hexdigest()[:16]
-    with (Path(tempfile.gettempdir()) / f"flooding-{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        run = client.get_run(run_id)
+        demo = run.data.tags.get("demo")
+        if demo is None:
+            raise TrackingError(
+                f"no demo, or one that an earlier version logged: '{run.info.run_name}'"
+            )
+        runs = client.search_runs(
+            [run.info.experiment_id], f"tags.demo = '{demo}'", max_results=50_000
+        )
+        history, arrays = [], None
+        for run in runs:
+            curves = {
+                name: {
+                    point.step: point.value
+                    for point in client.get_metric_history(run.info.run_id, metric_name(name))
+                }
+                for name in METRICS
+            }
+            curve = pd.DataFrame(curves).rename_axis("epoch").reset_index().dropna()
+            parameters = run.data.params
+            curve.insert(0, "seed", int(parameters["seed"]))
+            curve.insert(1, "flood_level", float(parameters["flood_level"]))
+            history.append(curve)
+            if any(file.path == BOUNDARY_FILE for file in client.list_artifacts(run.info.run_id)):
+                with tempfile.TemporaryDirectory() as folder:
+                    path = client.download_artifacts(run.info.run_id, BOUNDARY_FILE, folder)
+                    arrays = dict(np.load(path))
+    except mlflow.MlflowException as error:
+        raise TrackingError(f"no such run in {without_password(tracking_uri())}") from error
+    history = pd.concat(history).sort_values(["seed", "flood_level", "epoch"])
+    # A demo that was stopped has not got equally far with all its levels.
+    models = history.groupby(["seed", "flood_level"]).ngroups
+    history = history[history.groupby("epoch").epoch.transform("size") == models]
+    if models < len(runs) or history.empty:
+        raise TrackingError("a demo that was stopped before its first evaluation")
+    first = min(int(run.data.params["seed"]) for run in runs)
+    return history, {**parameters, "seed": str(first)}, arrays
+
+
+class TableLog:
+    """The table's cells in MLflow.
+
+    A cell is known by its parameters and flood levels: one that is FINISHED in the store is not
+    trained again, whichever table it was trained for.
+    """
+
+    def __init__(self, store: Store, flood_levels: Sequence[float], device: torch.device) -> None:
+        self._store, self._levels = store, list(flood_levels)
+        self._tags = environment_tags(device)
+        self._cells: list[tuple[Run, pd.DataFrame]] = []
+
+    def _key(self, parameters: Mapping[str, object]) -> str:
+        text = json.dumps([self._levels, {k: str(v) for k, v in sorted(parameters.items())}])
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _find(self, parameters: Mapping[str, object], status: str) -> list[mlflow.entities.Run]:
+        return self._store.ask(f"tags.cell_key = '{self._key(parameters)}' and status = '{status}'")
+
+    def finished(self, parameters: Mapping[str, object]) -> bool:
+        """Whether the store has this cell, as far as it answers."""
+        return bool(self._find(parameters, "FINISHED"))
+
+    def start(
+        self, name: str, parameters: Mapping[str, object], datasets: Sequence[DatasetInput]
+    ) -> Run:
+        """Start the run of a cell; one that was left RUNNING when it was killed ends KILLED."""
+        for left in self._find(parameters, "RUNNING"):
+            self._store.write(self._store.client.set_terminated, left.info.run_id, "KILLED")
+        setting = f"{parameters['dataset']}, noise {parameters['label_noise']:g}"
+        tags = {**self._tags, "cell_key": self._key(parameters)}
+        return self._store.start(name, {**parameters, "setting": setting}, tags, datasets)
+
+    def finish(self, run: Run, parameters: Mapping[str, object], rows: pd.DataFrame) -> None:
+        """Log a cell's scores, a row a stopping and flood level, as curves and as `cell.csv`."""
+        for stopping, of_stopping in rows.groupby("stopping", sort=False):
+            figures = of_stopping.drop(columns=["stopping", "flood_level"])
+            for step, row in enumerate(figures.to_dict("records")):
+                section = stopping.replace(" ", "_")
+                metrics = {f"{section}/{name}": value for name, value in row.items()}
+                self._store.log_metrics(run, metrics, step)
+        cell = pd.DataFrame({**parameters, **rows.to_dict("series")})
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / CELL_FILE
+            cell.to_csv(path, index=False)
+            self._store.log_file(run, path)
+        self._store.end(run)
+        self._cells.append((run, cell))
+
+    def unlogged(self) -> pd.DataFrame | None:
+        """Return the finished cells that the store has not got, if there are any."""
+        cells = [cell for run, cell in self._cells if not run.ended]
+        return pd.concat(cells) if cells else None
+
+    def load(self, cells: Sequence[Mapping[str, object]]) -> pd.DataFrame:
+        """Read the cells with these parameters back.
+
+        Raises:
+            TrackingError: the store does not answer, or has not got one of them.
+        """
+        loaded = []
+        try:
+            runs = self._store.search("tags.cell_key != '' and status = 'FINISHED'")
+            runs = {run.data.tags["cell_key"]: run.info.run_id for run in runs}
+            for parameters in cells:
+                run_id = runs[self._key(parameters)]
+                with tempfile.TemporaryDirectory() as folder:
+                    path = self._store.client.download_artifacts(run_id, CELL_FILE, folder)
+                    loaded.append(pd.read_csv(path, engine="pyarrow"))
+        except (mlflow.MlflowException, KeyError) as error:
+            raise TrackingError(f"the cells cannot be read back: {error}") from error
+        return pd.concat(loaded, ignore_index=True)
+
+    def table(self, name: str, paths: Sequence[Path]) -> None:
+        """Keep a finished table's files in a run of their own."""
+        run = self._store.start(name, {}, self._tags)
+        for path in paths:
+            self._store.log_file(run, path)
+        self._store.end(run)

@@ -5,14 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from datasets import (
-    DEFAULT_SAMPLES,
-    DataSettings,
-    flip_labels,
-    gaussian_bayes_accuracy,
-    gaussian_posterior,
-    make_dataset,
-)
+from datasets import bayes_accuracy, flip_labels, make_dataset, true_boundary
+from settings import DEFAULT_SAMPLES, DataSettings, SettingError
 
 SPLITS = ("train", "val", "test")
 
@@ -145,25 +139,31 @@ def test_flipped_labels_are_drawn_evenly():
 
 
 @pytest.mark.parametrize("label_noise", [0.0, 0.1])
-def test_gaussian_posterior_and_bayes_accuracy_against_simulation(label_noise):
+def test_bayes_accuracy_of_gaussian_is_that_of_its_posterior(label_noise):
     wanted = settings("gaussian", label_noise, test_samples=400_000)
     split = make_dataset(wanted, seed=11).test
-    posterior = gaussian_posterior(split.inputs, label_noise)
-    accuracy = ((posterior > 0.5) == split.labels).mean()
-    assert accuracy == pytest.approx(gaussian_bayes_accuracy(label_noise), abs=0.002)
-    # Calibrated: among inputs of posterior p, a share p of the labels is 1.
-    bins = np.digitize(posterior, np.linspace(0, 1, 11))
-    for bin_index in np.unique(bins):
-        members = bins == bin_index
-        if members.sum() > 2000:
-            assert split.labels[members].mean() == pytest.approx(
-                posterior[members].mean(), abs=0.02
-            )
+    # log p(x|1) / p(x|0) = |x - (1, ..., 1)|^2 / 2 - |x|^2 / 2
+    x = split.inputs.astype(float)
+    best = ((x - 1) ** 2).sum(axis=1) > (x**2).sum(axis=1)
+    assert (best == split.labels).mean() == pytest.approx(bayes_accuracy(wanted), abs=0.002)
 
 
 def test_bayes_accuracy_is_the_known_number():
-    assert gaussian_bayes_accuracy() == pytest.approx(0.943, abs=5e-4)
-    assert gaussian_bayes_accuracy(0.1) == pytest.approx(0.9 * 0.9431 + 0.1 * 0.0569, abs=1e-4)
+    assert bayes_accuracy(settings("gaussian", 0.0)) == pytest.approx(0.943, abs=5e-4)
+    noisy = 0.9 * 0.9431 + 0.1 * 0.0569
+    assert bayes_accuracy(settings("gaussian")) == pytest.approx(noisy, abs=1e-4)
+    assert bayes_accuracy(settings("spiral")) == bayes_accuracy(settings("sinusoid")) == 0.9
+    assert np.isnan(bayes_accuracy(settings("spiral", spiral_noise=1.0)))
+
+
+@pytest.mark.parametrize("dataset", ["sinusoid2d", "spiral"])
+def test_the_true_boundary_parts_the_clean_labels(dataset):
+    split = make_dataset(settings(dataset), seed=5).test
+    score = true_boundary(dataset, split.inputs.astype(float))
+    clear = abs(score) > 1e-5
+    np.testing.assert_array_equal(score[clear] > 0, split.clean_labels[clear] == 1)
+    if dataset == "spiral":  # midway between the arms: as far from both as can be
+        np.testing.assert_allclose(abs(score), 1, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -179,5 +179,5 @@ def test_bayes_accuracy_is_the_known_number():
     ],
 )
 def test_bad_settings_name_the_setting_and_the_value(changes, name):
-    with pytest.raises(ValueError, match=f"^{name} .*{next(iter(changes.values()))}"):
+    with pytest.raises(SettingError, match=f"^{name} .*{next(iter(changes.values()))}"):
         DataSettings(**{"dataset": "spiral", "label_noise": 0.1, **changes})

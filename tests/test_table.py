@@ -1,22 +1,24 @@
-"""The synthetic table: small ones from the command line, killed, resumed and side by side."""
+"""The synthetic table: small ones in this process, killed, resumed, side by side and from files."""
 
 from __future__ import annotations
 
-import csv
+import math
 import shutil
 import sys
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import Folder, families
+from conftest import Folder, finish, one_line
 from test_train import plain_loop, plain_scores
 
-from datasets import DataSettings, make_dataset
-from models import MLP, ModelSettings
-from run_table_synth import Row, markdown_table, mean_and_deviation, table_rows
-from train import LEVEL_SCORES, LevelScores, TrainSettings
+import run_table_synth
+from datasets import make_dataset
+from models import MLP
+from results import choose_flood_levels, compare, markdown
+from settings import DataSettings, ModelSettings, TrainSettings
 
 SCRIPT = "run_table_synth.py"
 SMALL = (
@@ -26,139 +28,248 @@ SMALL = (
     *("--hidden-layers", 2, "--hidden-units", 16, "--learning-rate", 0.003),
 )
 CELLS = 8
-FILES = ("table_synth.md", "table_synth.csv", "table_synth.png")
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # as torchrun sets it
+CELLS_FILE = "table_synth_cells.csv"
+FILES = ("table_synth.md", "table_synth.csv", CELLS_FILE, "table_synth.png")
 
 
-def finished_cells(folder):
-    runs = folder.runs("flooding-table")
-    return [r for r in runs if "cell_key" in r.data.tags and r.info.status == "FINISHED"]
+def cell_runs(folder):
+    return [run for run in folder.runs("flooding-table") if "cell_key" in run.data.tags]
+
+
+def finished(folder):
+    return {run.info.run_id for run in cell_runs(folder) if run.info.status == "FINISHED"}
+
+
+def assert_same_files(folder, whole):
+    for name in FILES:
+        assert (folder.path / name).read_bytes() == (whole.path / name).read_bytes(), name
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, empty_store):
-    """A folder with a table made in one go, in one process."""
+    """A folder with a table made in one go."""
     folder = Folder(tmp_path_factory.mktemp("whole"))
     shutil.copy(empty_store, folder.path / "mlflow.db")
-    result = folder.run(SCRIPT, *SMALL, **ONE_THREAD)
-    assert result.returncode == 0 and result.stderr == "", result.stderr
-    assert "8 cells of 3 flood levels, 0 of them trained before" in result.stdout
-    assert (folder.path / "table_synth.md").read_text() in result.stdout
+    result = folder.run(SCRIPT, *SMALL)
+    assert result.status == 0 and result.errors == "", result.errors
+    assert "8 cells of 3 flood levels, 0 of them trained before" in result.output
+    assert (folder.path / "table_synth.md").read_text() in result.output
+    assert "viewStateShareKey=means" in result.output.splitlines()[-1]
     return folder
 
 
+def test_defaults_are_the_papers(monkeypatch):
+    """Protocol section 4."""
+    monkeypatch.setattr(sys, "argv", [SCRIPT])
+    _, arguments = run_table_synth.parse_arguments()
+    expected = {
+        "dataset": ["gaussian", "sinusoid2d", "spiral"],
+        "label_noise": [0.01, 0.05, 0.1],
+        "trials": 10,
+        "flood_max": 0.5,
+        "flood_step": 0.01,
+        "quick": False,
+        "cells": [],
+        "spiral_noise": 0.0,
+        "train_samples": None,
+        "val_samples": None,
+        "test_samples": None,
+        "hidden_layers": 5,
+        "hidden_units": 500,
+        "batch_norm": False,
+        "optimizer": "adam",
+        "learning_rate": 0.001,
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "batch_size": 100,
+        "epochs": 500,
+        "seed": 0,
+        "device": "auto",
+        "output_dir": arguments.output_dir,
+    }
+    assert vars(arguments) == expected
+    levels = run_table_synth.flood_grid(arguments.flood_max, arguments.flood_step)
+    assert levels == [round(k / 100, 2) for k in range(51)]
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "--quick"])
+    _, quick = run_table_synth.parse_arguments()
+    assert vars(quick) == {**expected, "quick": True, "trials": 2, "flood_step": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("step", "levels"),
+    [
+        (0.3, [0, 0.3]),
+        (0.2, [0, 0.2, 0.4]),
+        (0.1, [0, 0.1, 0.2, 0.3, 0.4, 0.5]),
+        (0.03, [round(0.03 * k, 2) for k in range(17)]),  # ends at 0.48
+        (0.5, [0, 0.5]),
+    ],
+)
+def test_flood_max_is_never_passed(step, levels):
+    assert run_table_synth.flood_grid(0.5, step) == levels
+
+
 def test_runs_in_mlflow(whole):
-    [(table, cells)] = families(whole.runs("flooding-table"))
-    assert table.info.status == "FINISHED" and len(cells) == CELLS
-    artifacts = {file.path for file in whole.client.list_artifacts(table.info.run_id)}
-    assert artifacts == set(FILES)
-    for cell in cells:
-        assert cell.info.status == "FINISHED"
-        assert cell.data.params["flood_step"] == "0.3" and cell.data.params["epochs"] == "30"
-        for side in "AB":
-            assert cell.data.metrics[f"{side}_chosen_flood_level"] in (0, 0.3, 0.6)
-            assert 0 < cell.data.metrics[f"{side}_test_accuracy_with_flooding"] <= 1
-    assert {cell.data.params["seed"] for cell in cells} == {"5", "6", "7", "8"}
+    runs = cell_runs(whole)
+    assert len(runs) == CELLS and {run.info.status for run in runs} == {"FINISHED"}
+    cells = pd.read_csv(whole.path / CELLS_FILE, engine="pyarrow")
+    for run in runs:
+        params = run.data.params
+        assert params["epochs"] == "30" and params["version"] == "1"
+        assert params["setting"] == f"{params['dataset']}, noise 0.1"
+        rows = cells[(cells.dataset == params["dataset"]) & (cells.seed == int(params["seed"]))]
+        for stopping, section in (("last epoch", "last_epoch"), ("early", "early")):
+            of_stopping = rows[rows.stopping == stopping]
+            for name in ("test_accuracy_noisy", "val_loss_clean", "epoch"):
+                curve = whole.curve(run, f"{section}/{name}")
+                assert curve == dict(enumerate(of_stopping[name]))
+        assert len(run.inputs.dataset_inputs) == 3
+    assert {run.data.params["seed"] for run in runs} == {"5", "6", "7", "8"}
+    [table] = [run for run in whole.runs("flooding-table") if "cell_key" not in run.data.tags]
+    assert table.info.run_name == "table of 8 cells" and table.info.status == "FINISHED"
+    found = {file.path for file in whole.client.list_artifacts(table.info.run_id)}
+    assert found == set(FILES)
 
 
 def test_a_cell_equals_a_loop_over_single_models(whole):
-    cell = next(
-        run
-        for run in finished_cells(whole)
-        if run.data.params["seed"] == "6" and run.data.params["dataset"] == "gaussian"
-    )
-    path = whole.client.download_artifacts(cell.info.run_id, "levels.csv")
-    with open(path, newline="") as file:
-        levels = list(csv.DictReader(file))
-    assert [float(row["flood_level"]) for row in levels] == [0, 0.3, 0.6]
-
+    cells = pd.read_csv(whole.path / CELLS_FILE)
+    cell = cells[(cells.seed == 6) & (cells.dataset == "gaussian")]
+    assert len(cell) == 6
     sizes = {"train_samples": 40, "val_samples": 30, "test_samples": 200}
     data = make_dataset(DataSettings("gaussian", 0.1, **sizes), seed=6)
     generator = torch.Generator().manual_seed(6)
-    network = MLP(10, ModelSettings(2, 16, batch_norm=False), generator=generator)
+    network = MLP(10, ModelSettings(2, 16, batch_norm=False), generator)
     start = generator.get_state()
     settings = TrainSettings("adam", 0.003, batch_size=16, epochs=30)
-    for row in levels:
+    for level, rows in cell.groupby("flood_level"):
         generator.set_state(start)
         best_accuracy = -1.0
-        loop = plain_loop(network, data.train, float(row["flood_level"]), settings, generator)
+        loop = plain_loop(network, data.train, level, settings, generator)
         for epoch, (model, _) in enumerate(loop, start=1):
-            accuracy = plain_scores(model, data.val)[1]
+            accuracy = plain_scores(model, data.val, "val")["val_accuracy_noisy"]
+            scores = plain_scores(model, data.val, "val") | plain_scores(model, data.test, "test")
             if accuracy > best_accuracy:
-                best_accuracy, best_epoch = accuracy, epoch
-                best = plain_scores(model, data.val) + plain_scores(model, data.test)
-        last = plain_scores(model, data.val) + plain_scores(model, data.test)
-        assert int(row["A_epoch"]) == 30 and int(row["B_epoch"]) == best_epoch
-        for side, expected in (("A", last), ("B", best)):
-            found = [float(row[f"{side}_{name}"]) for name in LEVEL_SCORES]
-            np.testing.assert_allclose(found, expected, atol=1e-3)
+                best_accuracy, best_epoch, best = accuracy, epoch, scores
+        for stopping, epoch, expected in (("last epoch", 30, scores), ("early", best_epoch, best)):
+            [row] = rows[rows.stopping == stopping].to_dict("records")
+            assert row["epoch"] == epoch
+            assert {k: row[k] for k in expected} == pytest.approx(expected, abs=1e-3)
 
 
-def test_killed_and_resumed_equals_uninterrupted(whole, ready_folder):
-    killed = ready_folder.start(ready_folder.command(SCRIPT, *SMALL), **ONE_THREAD)
+def test_a_finished_table_is_drawn_again_without_training(whole, monkeypatch):
+    monkeypatch.setattr("train.train", None)
+    before = {name: (whole.path / name).read_bytes() for name in FILES}
+    result = whole.run(SCRIPT, *SMALL)
+    assert result.status == 0 and "8 of them trained before" in result.output, result.errors
+    assert before == {name: (whole.path / name).read_bytes() for name in FILES}
+
+
+def test_another_version_is_trained_anew(whole, monkeypatch):
+    monkeypatch.setattr("run_table_synth.FIGURES_VERSION", 2)
+    monkeypatch.setattr("train.train", None)
+    result = None
+    with pytest.raises(TypeError):  # it wants to train
+        result = whole.run(SCRIPT, *SMALL)
+    assert result is None
+
+
+def test_cells_from_files_need_no_training(whole, folder, monkeypatch):
+    """Two machines' figures put together, one of them with cells that nobody asked for."""
+    cells = pd.read_csv(whole.path / CELLS_FILE, engine="pyarrow")
+    cells[cells.seed < 7].to_csv(folder.path / "one.csv", index=False)
+    rest = pd.concat([cells[cells.seed >= 7], cells[cells.seed == 8].assign(seed=99)])
+    rest.to_csv(folder.path / "other.csv", index=False)
+    with monkeypatch.context() as without:
+        without.setattr("train.train", None)
+        result = folder.run(SCRIPT, *SMALL, "--cells", "one.csv", "other.csv")
+    assert result.status == 0 and "8 of them trained before" in result.output, result.errors
+    assert_same_files(folder, whole)
+    assert len(finished(folder)) == CELLS
+    # Half of them in a file: the other half is trained.
+    shutil.copy(whole.path / "mlflow.db", folder.path / "unused.db")
+    other = Folder(folder.path / "half")
+    other.path.mkdir()
+    result = other.run(SCRIPT, *SMALL, "--cells", "../one.csv")
+    assert result.status == 0 and "4 of them trained before" in result.output, result.errors
+    assert_same_files(other, whole)
+
+
+def spoiled(cells, path):
+    """Files that cannot be used, with what is said of them."""
+    first = cells.seed == 5
+    yield cells.drop(columns="val_loss_noisy"), "has no column val_loss_noisy"
+    yield cells.assign(epochs=31), "epochs is 31, and 30 is asked for"
+    yield cells.assign(version=2), "version is 2, and 1 is asked for"
+    yield cells.iloc[:-1], "is cut short or has other flood levels: dataset sinusoid2d"
+    yield pd.concat([cells, cells[first]]), "there is a cell twice"
+    yield cells.assign(test_loss_noisy=math.nan), "is cut short, figures are missing"
+    yield cells.replace({"flood_level": {0.3: 0.31}}), "other flood levels"
+    yield cells.iloc[:0], "is cut short"
+
+
+def test_files_of_cells_that_do_not_fit(whole, folder):
+    cells = pd.read_csv(whole.path / CELLS_FILE, engine="pyarrow")
+    for spoiled_cells, said in spoiled(cells, folder.path):
+        spoiled_cells.to_csv(folder.path / "spoiled.csv", index=False)
+        result = folder.run(SCRIPT, *SMALL, "--cells", "spoiled.csv")
+        line = one_line(result.errors)
+        assert result.status == 2 and "--cells spoiled.csv: " in line and said in line, line
+    shutil.copy(whole.path / CELLS_FILE, folder.path / "a.csv")
+    for files, said in (
+        (["a.csv", "a.csv"], "a cell twice, also in a.csv"),
+        (["b.csv"], "b.csv: cannot be read"),
+    ):
+        result = folder.run(SCRIPT, *SMALL, "--cells", *files)
+        assert result.status == 2 and said in one_line(result.errors)
+    assert not cell_runs(folder) and not (folder.path / "table_synth.md").exists()
+
+
+def test_killed_and_resumed_equals_uninterrupted(whole, folder):
+    killed = folder.start(SCRIPT, *SMALL)
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and len(finished_cells(ready_folder)) < 2:
+    while time.monotonic() < deadline and len(finished(folder)) < 2:
         time.sleep(0.05)
     killed.kill()
     killed.communicate()
-    before = {run.info.run_id for run in finished_cells(ready_folder)}
+    before = finished(folder)
     assert 2 <= len(before) < CELLS
 
-    resumed = ready_folder.run(SCRIPT, *SMALL, **ONE_THREAD)
-    assert resumed.returncode == 0 and resumed.stderr == "", resumed.stderr
-    assert f"8 cells of 3 flood levels, {len(before)} of them trained" in resumed.stdout
-    runs = ready_folder.runs("flooding-table")
-    assert not [run for run in runs if run.info.status == "RUNNING"]
-    assert sum("table_key" in run.data.tags for run in runs) == 1
-    after = {run.info.run_id for run in finished_cells(ready_folder)}
-    assert before < after and len(after) == CELLS
-    for name in FILES:
-        assert (ready_folder.path / name).read_bytes() == (whole.path / name).read_bytes()
+    resumed = folder.run(SCRIPT, *SMALL)
+    assert resumed.status == 0 and resumed.errors == "", resumed.errors
+    assert f"8 cells of 3 flood levels, {len(before)} of them trained" in resumed.output
+    assert "RUNNING" not in {run.info.status for run in cell_runs(folder)}
+    assert before < finished(folder) and len(finished(folder)) == CELLS
+    assert_same_files(folder, whole)
 
 
-def test_four_processes_equal_one_and_lose_nothing(whole, ready_folder):
-    command = ready_folder.command(SCRIPT, *SMALL)[1:]
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "4",
-    ]
-    [result] = ready_folder.run_all([*torchrun, *command], **ONE_THREAD)
-    assert result.returncode == 0, result.stderr
-    assert "side by side: 4" in result.stdout and result.stdout.count("Saved:") == 1
-    [(table, cells)] = families(ready_folder.runs("flooding-table"))
-    [(_, expected)] = families(whole.runs("flooding-table"))
-    assert table.info.status == "FINISHED" and len(cells) == CELLS
-
-    def logged(runs):
-        return sorted((sorted(r.data.params.items()), sorted(r.data.metrics.items())) for r in runs)
-
-    assert logged(cells) == logged(expected)
-    for name in FILES:
-        assert (ready_folder.path / name).read_bytes() == (whole.path / name).read_bytes()
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
-def test_a_failing_rank_fails_the_job_with_its_own_error(ready_folder):
-    diverging = ready_folder.command(
-        *(SCRIPT, *SMALL, "--optimizer", "sgd", "--learning-rate", 1e30)
-    )
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    [result] = ready_folder.run_all([*torchrun, *diverging[1:]], **ONE_THREAD)
-    assert result.returncode == 1
-    assert "run_table_synth.py: error: model 0 (flood level 0)" in result.stderr
-    statuses = {run.info.status for run in ready_folder.runs("flooding-table")}
+def test_two_processes_equal_one_and_lose_nothing(whole, folder):
+    result = finish(folder.start(*TORCHRUN, 2, SCRIPT, *SMALL))
+    assert result.status == 0, result.errors
+    assert "side by side: 2" in result.output and result.output.count("Saved:") == 1
+    assert len(cell_runs(folder)) == CELLS == len(finished(folder))
+    assert_same_files(folder, whole)
+
+
+def test_a_failing_rank_fails_the_job_with_its_own_error(folder):
+    flags = (*SMALL, "--optimizer", "sgd", "--learning-rate", 1e30)
+    result = finish(folder.start(*TORCHRUN, 2, SCRIPT, *flags))
+    assert result.status == 1
+    assert "run_table_synth.py: error: flood level 0" in result.errors
+    statuses = {run.info.status for run in cell_runs(folder)}
     assert "FAILED" in statuses and statuses <= {"FAILED", "KILLED"}
-    assert not list(ready_folder.path.glob("table_synth*"))
+    assert not list(folder.path.glob("table_synth*"))
+
+
+def test_weights_that_blow_up_in_the_last_step_are_a_failure(folder):
+    """No mini-batch sees them: one epoch of one batch."""
+    flags = ("--optimizer", "sgd", "--learning-rate", 1e30, "--epochs", 1, "--batch-size", 200)
+    result = folder.run(SCRIPT, *SMALL, *flags)
+    assert result.status == 1
+    assert "val_loss_noisy is" in one_line(result.errors)
+    assert [run.info.status for run in cell_runs(folder)] == ["FAILED"]
 
 
 @pytest.mark.parametrize(
@@ -168,60 +279,81 @@ def test_a_failing_rank_fails_the_job_with_its_own_error(ready_folder):
         (["--flood-max", -1], "--flood-max -1.0"),
         (["--flood-step", 0], "--flood-step 0.0"),
         (["--flood-step", "nan"], "--flood-step nan"),
+        (["--flood-step", 0.6], "--flood-step 0.6"),
         (["--label-noise", 0.1, 1.5], "--label-noise 1.5"),
         (["--dataset", "gaussian", "moons"], "--dataset: invalid choice: 'moons'"),
     ],
 )
-def test_bad_flags(folder, flags, said):
-    result = folder.run(SCRIPT, *flags)
-    assert result.returncode == 2
-    [line] = result.stderr.splitlines()
-    assert said in line
-    assert result.stdout == "" and not list(folder.path.iterdir())
+def test_bad_flags(empty_folder, flags, said):
+    result = empty_folder.run(SCRIPT, *flags)
+    assert result.status == 2 and said in one_line(result.errors)
+    assert result.output == "" and not list(empty_folder.path.iterdir())
 
 
-def level_scores(val_accuracy, val_loss, test_accuracy, test_accuracy_clean):
-    scores = {name: np.zeros(3) for name in LEVEL_SCORES}
-    scores["val_accuracy"] = np.array(val_accuracy)
-    scores["val_loss"] = np.array(val_loss)
-    scores["test_accuracy"] = np.array(test_accuracy)
-    scores["test_accuracy_clean"] = np.array(test_accuracy_clean)
-    return LevelScores(np.array([0.0, 0.1, 0.2]), np.full(3, 9), scores)
+def made_cells(stopping, figures, seed=0):
+    """Rows of one cell from (flood level, val accuracy, val loss, test accuracy, clean)."""
+    names = ("flood_level", "val_accuracy_noisy", "val_loss_noisy")
+    rows = pd.DataFrame(figures, columns=[*names, "test_accuracy_noisy", "test_accuracy_clean"])
+    setting = {"dataset": "spiral", "label_noise": 0.05, "spiral_noise": 0.0, "test_samples": 100}
+    return rows.assign(**setting, stopping=stopping, seed=seed)
 
 
-def test_rows_choose_by_noisy_validation_accuracy_then_loss():
-    first = level_scores([0.8, 0.9, 0.9], [1, 0.3, 0.2], [0.5, 0.6, 0.7], [0.1, 0.2, 0.3])
-    second = level_scores([0.9, 0.9, 0.8], [0.5, 0.5, 0.1], [0.4, 0.6, 0.7], [0.2, 0.2, 0.3])
-    rows = table_rows({("gaussian", 0.05): [(first, second), (second, first)]})
-    assert [(row.labels, row.stopping) for row in rows] == [
-        ("noisy", "A"),
-        ("noisy", "B"),
-        ("clean", "A"),
-        ("clean", "B"),
+def test_choice_is_by_accuracy_then_loss_then_the_lower_level():
+    rows = made_cells("early", [(0, 0.8, 1, 0, 0), (0.1, 0.9, 0.3, 0, 0), (0.2, 0.9, 0.2, 0, 0)])
+    assert choose_flood_levels(rows, "noisy").flood_level.item() == 0.2
+    rows.val_loss_noisy = 0.5
+    assert choose_flood_levels(rows[::-1], "noisy").flood_level.item() == 0.1
+    rows.val_accuracy_noisy = 0.9
+    assert choose_flood_levels(rows[::-1], "noisy").flood_level.item() == 0
+    two = pd.concat([rows, rows.assign(seed=1, val_accuracy_noisy=[0.1, 0.2, 0.3])])
+    assert list(choose_flood_levels(two, "noisy", ["seed"]).sort_values("seed").flood_level) == [
+        0,
+        0.2,
     ]
-    np.testing.assert_array_equal(rows[0].flood_levels, [0.2, 0.0])
-    np.testing.assert_array_equal(rows[0].without_flooding, [0.5, 0.4])
-    np.testing.assert_array_equal(rows[0].with_flooding, [0.7, 0.4])
-    np.testing.assert_array_equal(rows[3].with_flooding, [0.2, 0.3])
 
 
-def row(stopping, without, flooded):
-    levels = np.full(len(without), 0.25)
-    return Row("spiral", 0.05, stopping, "noisy", np.array(without), np.array(flooded), levels)
+def table_of(without, flooded):
+    """A table whose trials have these test accuracies without and with flooding."""
+    cells = [
+        made_cells("last epoch", [(0, 0.5, 1, a, 1.0), (0.25, 0.6, 1, b, 0.5)], seed)
+        for seed, (a, b) in enumerate(zip(without, flooded))
+    ]
+    return compare(pd.concat(cells))
 
 
-def test_the_tables_formatting():
+def test_the_table_of_known_figures():
     # Differences 0.10, 0.11, 0.12: t = 0.11 / (0.01 / sqrt(3)) = 19, p = 0.0027.
-    better = row("A", [0.80, 0.80, 0.80], [0.90, 0.91, 0.92])
-    worse = row("B", [0.90, 0.91, 0.92], [0.80, 0.80, 0.80])
-    unclear = row("B", [0.80, 0.90, 0.80], [0.82, 0.83, 0.84])
-    assert better.p_value == pytest.approx(0.00274, abs=1e-5)
-    assert markdown_table([better, worse], "noisy").splitlines()[2] == (
-        "| spiral | 5% | 80.0 (0.0) | **91.0 (1.0)** | 0.25 (0.00) "
-        "| **91.0 (1.0)** | 80.0 (0.0) | 0.25 (0.00) |"
-    )
-    assert "**" not in markdown_table([unclear, unclear], "noisy")
-    assert markdown_table([better, worse], "clean").count("\n") == 2
-    assert row("A", [0.8], [0.9]).p_value == 1.0
-    assert mean_and_deviation(np.array([0.8]), 2) == "0.80 (-)"
-    assert mean_and_deviation(np.array([0.8, 1.0]), 2) == "0.90 (0.14)"
+    table = table_of([0.80, 0.80, 0.80], [0.90, 0.91, 0.92])
+    noisy, clean = table.to_dict("records")
+    assert noisy["p_value"] == pytest.approx(0.00274, abs=1e-5)
+    assert noisy["p_adjusted"] == noisy["p_value"]  # of one row
+    assert (noisy["labels"], noisy["trials"], noisy["flood_level_mean"]) == ("noisy", 3, 0.25)
+    assert noisy["with_flooding_std"] == pytest.approx(0.01)
+    assert (noisy["best_possible"], clean["best_possible"]) == (0.95, 1.0)
+    assert clean["p_value"] == 0  # every trial loses the same
+    lines = markdown(table).splitlines()
+    assert "| spiral | 5% | 95.0 | 80.0 (0.0) | **91.0 (1.0)** | 0.25 (0.00) |" in lines
+    assert "| spiral | 5% | 100.0 | **100.0 (0.0)** | 50.0 (0.0) | 0.25 (0.00) |" in lines
+    assert "**" not in markdown(table_of([0.80, 0.90, 0.80], [0.82, 0.83, 0.84])).split("Clean")[0]
+
+
+def test_p_values_without_a_spread():
+    assert math.isnan(table_of([0.8], [0.9]).p_value[0])
+    assert table_of([0.8, 0.9], [0.8, 0.9]).p_value[0] == 1
+    assert "80.0 (-)" in markdown(table_of([0.8], [0.9]))
+
+
+def test_adjusted_p_values():
+    """Benjamini and Hochberg by hand, over the rows of one kind of labels."""
+    spread = [0.0, 0.01, 0.02, 0.05]
+    tables = []
+    for k, gain in enumerate((0.01, 0.03, 0.06)):
+        cells = pd.concat(
+            made_cells("early", [(0, 0.5, 1, 0.8, 1), (0.2, 0.6, 1, 0.8 + gain + s, 1)], seed)
+            for seed, s in enumerate(spread)
+        )
+        tables.append(cells.assign(label_noise=(k + 1) / 100))
+    table = compare(pd.concat(tables)).query("labels == 'noisy'")
+    p = np.sort(table.p_value)[::-1]
+    expected = np.minimum.accumulate(p * 3 / np.array([3, 2, 1]))
+    np.testing.assert_allclose(np.sort(table.p_adjusted)[::-1], expected)

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from datasets import DataSettings, make_dataset
-from models import MLP, ModelSettings, StackedMLP, folded_logits, with_constant
+import train as train_module
+from datasets import make_dataset
+from models import MLP, StackedMLP, folded_logits, with_constant
+from settings import DataSettings, ModelSettings, SettingError, TrainSettings
 from train import (
     METRICS,
     DivergenceError,
-    TrainSettings,
-    choose_level,
     count_epochs,
+    find_boundary,
     train,
-    train_early_stopping,
-    train_epochs,
+    train_with_early_stopping,
 )
 
 CPU = torch.device("cpu")
@@ -41,10 +41,10 @@ def small_data(test_samples=50):
 
 def network_and_generator(batch_norm, seed=5):
     generator = torch.Generator().manual_seed(seed)
-    return MLP(2, ModelSettings(2, 13, batch_norm), generator=generator), generator
+    return MLP(2, ModelSettings(2, 13, batch_norm), generator), generator
 
 
-def plain_loop(network, split, level, settings, generator):
+def plain_loop(network, split, level, settings, generator, flooding=True):
     """One model, `nn.Module`, `torch.optim`, the flooding line; yields the model every epoch."""
     model = copy.deepcopy(network).train()
     kind = torch.optim.SGD if settings.optimizer == "sgd" else torch.optim.Adam
@@ -60,21 +60,38 @@ def plain_loop(network, split, level, settings, generator):
             loss = nn.functional.cross_entropy(model(inputs[batch]), labels[batch])
             flooded += int(loss < level)
             optimizer.zero_grad()
-            ((loss - level).abs() + level if level is not None else loss).backward()
+            (((loss - level).abs() + level) if flooding else loss).backward()
             optimizer.step()
         yield model, flooded / len(batches)
 
 
-def plain_scores(model, split):
+def plain_scores(model, split, name):
+    """A split's scores by their names."""
     model = copy.deepcopy(model).eval()
     with torch.no_grad():
         logits = model(torch.from_numpy(split.inputs))
-    scores = []
-    for labels in (split.labels, split.clean_labels):
+    scores = {}
+    for kind, labels in (("noisy", split.labels), ("clean", split.clean_labels)):
         labels = torch.from_numpy(labels)
-        scores.append(nn.functional.cross_entropy(logits, labels).item())
-        scores.append((logits.argmax(1) == labels).float().mean().item())
+        scores[f"{name}_loss_{kind}"] = nn.functional.cross_entropy(logits, labels).item()
+        correct = (logits.argmax(1) == labels).sum().item()
+        scores[f"{name}_accuracy_{kind}"] = correct / len(labels)
     return scores
+
+
+def all_scores(model, data):
+    splits = ("train", "val", "test")
+    return {
+        k: v for name in splits for k, v in plain_scores(model, getattr(data, name), name).items()
+    }
+
+
+def train_all(network, data, levels, settings, generator, **options):
+    """All evaluations of one group of models as {metric: [epochs, K]}, and their epochs."""
+    evaluations = list(train(network, data, levels, settings, CPU, generator, **options))
+    names = evaluations[0].metrics
+    metrics = {name: np.array([now.metrics[name] for now in evaluations]) for name in names}
+    return metrics, [now.epoch for now in evaluations]
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
@@ -83,61 +100,45 @@ def test_models_at_once_equal_models_one_by_one(optimizer, batch_norm):
     settings, data = OPTIMIZERS[optimizer], small_data()
     network, generator = network_and_generator(batch_norm)
     start = generator.get_state()
-    history = train(network, data, LEVELS, settings, CPU, generator)
-    assert list(history.epochs) == [0, 1, 2, 3, 4]
+    metrics, epochs = train_all(network, data, LEVELS, settings, generator)
+    assert epochs == [0, 1, 2, 3, 4] and set(metrics) == set(METRICS)
     for k, level in enumerate(LEVELS):
         generator.set_state(start)
-        for epoch, (model, flooded) in enumerate(
-            plain_loop(network, data.train, level, settings, generator), start=1
-        ):
-            splits = (data.train, data.val, data.test)
-            expected = [score for split in splits for score in plain_scores(model, split)]
-            found = [history.metrics[name][epoch, k] for name in METRICS]
-            np.testing.assert_allclose(found, [*expected, flooded], atol=2e-5)
+        loop = plain_loop(network, data.train, level, settings, generator)
+        for epoch, (model, flooded) in enumerate(loop, start=1):
+            expected = {**all_scores(model, data), "train_flooded_fraction": flooded}
+            found = {name: metrics[name][epoch, k] for name in METRICS}
+            assert found == pytest.approx(expected, abs=2e-5)
 
 
 def test_epoch_0_is_the_untrained_network():
     data = small_data()
     network, generator = network_and_generator(batch_norm=True)
-    history = train(network, data, LEVELS, OPTIMIZERS["sgd"], CPU, generator)
-    for split in ("train", "val", "test"):
-        expected = plain_scores(network, getattr(data, split))
-        names = (f"{split}_{s}" for s in ("loss", "accuracy", "loss_clean", "accuracy_clean"))
-        for name, value in zip(names, expected):
-            np.testing.assert_allclose(history.metrics[name][0], value, atol=1e-6)
-    assert not history.metrics["flooded_fraction"][0].any()
+    metrics, _ = train_all(network, data, LEVELS, OPTIMIZERS["sgd"], generator)
+    for name, value in all_scores(network, data).items():
+        np.testing.assert_allclose(metrics[name][0], value, atol=1e-6)
+    assert not metrics["train_flooded_fraction"][0].any()
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
-def test_level_zero_equals_plain_training(batch_norm):
+def test_level_zero_equals_training_without_the_line(batch_norm):
     settings, data = OPTIMIZERS["sgd"], small_data()
     network, generator = network_and_generator(batch_norm)
     start = generator.get_state()
-    history = train(network, data, [0.0], settings, CPU, generator)
+    metrics, _ = train_all(network, data, [0.0], settings, generator)
     generator.set_state(start)
-    # None leaves the flooding line out.
-    loop = plain_loop_without_flooding(network, data.train, settings, generator)
-    expected = plain_scores(loop, data.test)
-    found = [history.metrics[name][-1, 0] for name in METRICS if name.startswith("test")]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    *_, (model, _) = plain_loop(network, data.train, 0.0, settings, generator, flooding=False)
+    for name, value in all_scores(model, data).items():
+        assert metrics[name][-1, 0] == pytest.approx(value, abs=1e-5)
 
 
-def plain_loop_without_flooding(network, split, settings, generator):
-    model = copy.deepcopy(network).train()
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-    )
-    inputs, labels = torch.from_numpy(split.inputs), torch.from_numpy(split.labels)
-    for _ in range(settings.epochs):
-        order = torch.randperm(len(labels), generator=generator)
-        for batch in order.split(settings.batch_size):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(inputs[batch]), labels[batch]).backward()
-            optimizer.step()
-    return model
+def test_accuracies_are_counts_of_examples():
+    data = small_data(test_samples=37)
+    network, generator = network_and_generator(batch_norm=False)
+    metrics, _ = train_all(network, data, LEVELS, OPTIMIZERS["sgd"], generator)
+    for name, samples in (("train", 30), ("val", 20), ("test", 37)):
+        counts = metrics[f"{name}_accuracy_noisy"] * samples
+        np.testing.assert_array_equal(np.round(counts) / samples, metrics[f"{name}_accuracy_noisy"])
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
@@ -146,7 +147,8 @@ def test_folded_evaluation_equals_eval_mode(batch_norm, chunk):
     data = small_data()
     network, generator = network_and_generator(batch_norm)
     stack = StackedMLP(network, 2, CPU)
-    for _ in train_epochs(stack, data.train, [0.0, 0.7], OPTIMIZERS["sgd"], generator):
+    levels = torch.tensor([0.0, 0.7])
+    for _ in train_module._train_epochs(stack, data.train, levels, OPTIMIZERS["sgd"], generator):
         pass
     inputs = torch.from_numpy(data.test.inputs)
     found = folded_logits(stack.fold(), with_constant(inputs), chunk)
@@ -161,76 +163,101 @@ def test_folded_evaluation_equals_eval_mode(batch_norm, chunk):
     assert (found[0] - found[1]).abs().max() > 1e-3
 
 
-def test_batches_flooded_all_and_none():
+def test_batches_flooded_all_none_and_at_the_level():
     network, generator = network_and_generator(batch_norm=False)
-    settings = TrainSettings("sgd", 1e-4, batch_size=8, epochs=2)
-    history = train(network, small_data(), [0.0, 0.1, 50.0], settings, CPU, generator)
-    np.testing.assert_array_equal(history.metrics["flooded_fraction"][1:], [[0, 0, 1]] * 2)
+    for parameter in network.linears[-1].parameters():
+        torch.nn.init.zeros_(parameter)  # its loss is log 2, to the last bit
+    data, settings = small_data(), TrainSettings("sgd", 1e-12, batch_size=30, epochs=1)
+    equal = torch.nn.functional.cross_entropy(
+        torch.zeros(30, 2), torch.from_numpy(data.train.labels)
+    )
+    levels = [0.0, 0.1, equal.item(), 50.0]
+    metrics, _ = train_all(network, data, levels, settings, generator)
+    np.testing.assert_array_equal(metrics["train_flooded_fraction"][1], [0, 0, 0, 1])
 
 
 def test_same_seed_same_bits_and_eval_every_changes_nothing():
-    histories = []
+    found = []
     for eval_every in (1, 1, 3):
         network, generator = network_and_generator(batch_norm=True)
         settings = TrainSettings("sgd", 0.05, 8, epochs=5, momentum=0.9, eval_every=eval_every)
-        histories.append(train(network, small_data(), LEVELS, settings, CPU, generator))
-    first, second, sparse = histories
-    assert list(sparse.epochs) == [0, 3, 5]
+        found.append(train_all(network, small_data(), LEVELS, settings, generator))
+    (first, _), (second, _), (sparse, epochs) = found
+    assert epochs == [0, 3, 5]
     for name in METRICS:
-        np.testing.assert_array_equal(first.metrics[name], second.metrics[name])
-        np.testing.assert_array_equal(first.metrics[name][[0, 3, 5]], sparse.metrics[name])
+        np.testing.assert_array_equal(first[name], second[name])
+        np.testing.assert_array_equal(first[name][[0, 3, 5]], sparse[name])
 
 
-def test_hook_sees_every_epoch_in_order():
+def test_groups_of_models_train_like_one_group(monkeypatch):
+    data, settings = small_data(), OPTIMIZERS["adam"]
     network, generator = network_and_generator(batch_norm=True)
-    settings = TrainSettings("sgd", 0.05, 8, epochs=5, eval_every=2)
-    seen = []
-    history = train(
-        network,
-        small_data(),
-        LEVELS,
-        settings,
-        CPU,
-        generator,
-        lambda epoch, metrics: seen.append((epoch, metrics)),
+    start = generator.get_state()
+    metrics, _ = train_all(network, data, LEVELS, settings, generator)
+    monkeypatch.setattr("train.MODELS_AT_ONCE", {"cpu": 2})
+    generator.set_state(start)
+    ticks, seen = [], []
+    for now in train(
+        network, data, LEVELS, settings, CPU, generator, ("val",), lambda: ticks.append(1)
+    ):
+        seen.append((now.models, now.epoch))
+        assert set(now.metrics) == {n for n in METRICS if n.startswith("val_")} | {
+            "train_flooded_fraction"
+        }
+        for name, values in now.metrics.items():
+            np.testing.assert_allclose(values, metrics[name][now.epoch, now.models], atol=1e-5)
+    assert seen == [(group, e) for group in (slice(0, 1), slice(1, 3)) for e in range(5)]
+    assert len(ticks) == count_epochs(LEVELS, settings.epochs, CPU) == 8
+
+
+def test_every_epoch_ticks_also_the_unevaluated():
+    network, generator = network_and_generator(batch_norm=True)
+    settings, ticks = TrainSettings("sgd", 0.05, 8, epochs=5, eval_every=2), []
+    evaluations = train(
+        network, small_data(), LEVELS, settings, CPU, generator, on_epoch=lambda: ticks.append(1)
     )
-    assert [epoch for epoch, _ in seen] == list(range(6))
-    evaluated = [metrics for _, metrics in seen if metrics]
-    assert [epoch for epoch, metrics in seen if metrics] == [0, 2, 4, 5]
-    for name in METRICS:
-        np.testing.assert_array_equal([m[name] for m in evaluated], history.metrics[name])
+    assert [(now.epoch, len(ticks)) for now in evaluations] == [(0, 0), (2, 2), (4, 4), (5, 5)]
 
 
 @pytest.mark.parametrize("eval_every", [1, 100])
-def test_divergence_names_model_level_epoch_and_learning_rate(eval_every):
+def test_divergence_names_level_epoch_and_learning_rate(eval_every):
     network, generator = network_and_generator(batch_norm=False)
     settings = TrainSettings("sgd", 1e30, 8, epochs=3, eval_every=eval_every)
-    with pytest.raises(
-        DivergenceError, match=r"model 0 \(flood level 0\.5\).* epoch 1.*learning rate 1e\+30"
-    ):
-        train(network, small_data(), [0.5], settings, CPU, generator)
+    with pytest.raises(DivergenceError, match=r"flood level 0\.5: .* epoch 1.*rate 1e\+30"):
+        train_all(network, small_data(), [0.5], settings, generator)
+
+
+def test_a_split_whose_loss_is_not_finite_is_a_divergence():
+    data = small_data()
+    data.test.inputs[3] = np.inf
+    network, generator = network_and_generator(batch_norm=False)
+    settings = TrainSettings("adam", 0.01, 8, epochs=1)
+    with pytest.raises(DivergenceError, match="test_loss_noisy is nan in epoch 0"):
+        train_all(network, data, [0.5], settings, generator)
+    with pytest.raises(DivergenceError, match="test_loss_noisy is nan"):
+        train_with_early_stopping(network, data, [0.5], settings, CPU, generator)
 
 
 @pytest.mark.parametrize("level", [-0.1, float("nan"), float("inf")])
 def test_bad_flood_level(level):
     network, generator = network_and_generator(batch_norm=False)
-    with pytest.raises(ValueError, match="flood_levels"):
-        train(network, small_data(), [0.0, level], OPTIMIZERS["sgd"], CPU, generator)
+    with pytest.raises(SettingError, match="flood_levels"):
+        train_all(network, small_data(), [0.0, level], OPTIMIZERS["sgd"], generator)
 
 
 @pytest.mark.parametrize("batch_size", [1, 29])
 def test_batch_norm_needs_two_examples(batch_size):
     network, generator = network_and_generator(batch_norm=True)
     settings = TrainSettings("sgd", 0.1, batch_size, epochs=1)
-    with pytest.raises(ValueError, match="batch_size"):
-        train(network, small_data(), [0.0], settings, CPU, generator)
+    with pytest.raises(SettingError, match="batch_size"):
+        train_all(network, small_data(), [0.0], settings, generator)
 
 
 def test_training_leaves_global_randomness_and_the_network_alone():
     before = torch.get_rng_state()
     network, generator = network_and_generator(batch_norm=True)
     weights = copy.deepcopy(network.state_dict())
-    train(network, small_data(), LEVELS, OPTIMIZERS["adam"], CPU, generator)
+    train_all(network, small_data(), LEVELS, OPTIMIZERS["adam"], generator)
     assert torch.equal(torch.get_rng_state(), before)
     for name, value in network.state_dict().items():
         assert torch.equal(value, weights[name])
@@ -242,30 +269,39 @@ def test_early_stopping_equals_a_plain_loop(batch_norm, monkeypatch):
     settings, data = TrainSettings("adam", 0.01, batch_size=8, epochs=12), small_data()
     network, generator = network_and_generator(batch_norm)
     start = generator.get_state()
-    ticks = []
-    last, best = train_early_stopping(
-        network, data, LEVELS, settings, CPU, generator, lambda: ticks.append(1)
-    )
-    assert len(ticks) == count_epochs(LEVELS, 12, CPU) == 24
-    for k, level in enumerate(LEVELS):
+    table = train_with_early_stopping(network, data, LEVELS, settings, CPU, generator)
+    assert list(table.stopping) == ["last epoch"] * 3 + ["early"] * 3
+    assert list(table.flood_level) == LEVELS * 2
+    for level in LEVELS:
         generator.set_state(start)
         models = [
             copy.deepcopy(model)
             for model, _ in plain_loop(network, data.train, level, settings, generator)
         ]
-        accuracies = [plain_scores(model, data.val)[1] for model in models]
+        accuracies = [plain_scores(m, data.val, "val")["val_accuracy_noisy"] for m in models]
         first_best = accuracies.index(max(accuracies))
-        assert best.epochs[k] == first_best + 1 and last.epochs[k] == 12
-        for side, model in ((last, models[-1]), (best, models[first_best])):
-            for split in ("val", "test"):
-                found = [
-                    side.scores[f"{split}_{s}"][k]
-                    for s in ("loss", "accuracy", "loss_clean", "accuracy_clean")
-                ]
-                np.testing.assert_allclose(
-                    found, plain_scores(model, getattr(data, split)), atol=2e-4
-                )
-    np.testing.assert_array_equal(last.flood_levels, LEVELS)
+        for stopping, epoch in (("last epoch", 12), ("early", first_best + 1)):
+            of_level = table[(table.stopping == stopping) & (table.flood_level == level)]
+            [row] = of_level.to_dict("records")
+            assert row["epoch"] == epoch
+            expected = all_scores(models[epoch - 1], data)
+            expected = {k: v for k, v in expected.items() if not k.startswith("train")}
+            assert {name: row[name] for name in expected} == pytest.approx(expected, abs=2e-4)
+
+
+def test_the_boundary_is_the_networks():
+    data = small_data()
+    network, generator = network_and_generator(batch_norm=True)
+    *_, last = train(network, data, [0.0, 0.5], OPTIMIZERS["sgd"], CPU, generator)
+    networks = [[matrix[k, None] for matrix in last.folded] for k in range(2)]
+    boundary = find_boundary(networks, data.train)
+    for k in range(2):
+        accuracy = (boundary.predictions[k] == data.train.labels).mean()
+        assert accuracy == last.metrics["train_accuracy_noisy"][k]
+    points = torch.tensor([[boundary.axis[7], boundary.axis[190]]])  # x1, x2
+    logits = folded_logits(last.folded, with_constant(points), 10)
+    expected = logits.softmax(dim=-1)[:, 0, 1]
+    np.testing.assert_allclose(boundary.probability[:, 190, 7], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -284,19 +320,11 @@ def test_early_stopping_equals_a_plain_loop(batch_norm, monkeypatch):
 def test_bad_settings_name_the_setting_and_the_value(changes):
     [(name, value)] = changes.items()
     good = {"optimizer": "sgd", "learning_rate": 0.1, "batch_size": 8, "epochs": 1}
-    with pytest.raises(ValueError, match=f"^{name} .*{value}"):
+    with pytest.raises(SettingError, match=f"^{name} .*{value}"):
         TrainSettings(**{**good, **changes})
 
 
 @pytest.mark.parametrize("name", ["hidden_layers", "hidden_units"])
 def test_bad_network_names_the_setting_and_the_value(name):
-    with pytest.raises(ValueError, match=f"^{name} 0"):
+    with pytest.raises(SettingError, match=f"^{name} 0"):
         ModelSettings(**{"hidden_layers": 1, "hidden_units": 1, "batch_norm": True, name: 0})
-
-
-def test_choice_ties():
-    levels = [0.0, 0.1, 0.2, 0.3]
-    assert choose_level(levels, [0.8, 0.9, 0.9, 0.7]) == 1  # the lowest of equals
-    assert choose_level(levels, [0.9, 0.9, 0.9, 0.7]) == 0  # no flooding
-    assert choose_level(levels, [0.8, 0.9, 0.9, 0.7], [1, 0.5, 0.4, 0]) == 2  # the lower loss
-    assert choose_level(levels, [0.8, 0.9, 0.9, 0.7], [1, 0.4, 0.4, 0]) == 1
