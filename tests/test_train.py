@@ -168,9 +168,10 @@ def test_batches_flooded_all_none_and_at_the_level():
     for parameter in network.linears[-1].parameters():
         torch.nn.init.zeros_(parameter)  # its loss is log 2, to the last bit
     data, settings = small_data(), TrainSettings("sgd", 1e-12, batch_size=30, epochs=1)
-    equal = torch.nn.functional.cross_entropy(
-        torch.zeros(30, 2), torch.from_numpy(data.train.labels)
-    )
+    stack = StackedMLP(network, 4, CPU)
+    inputs, labels = (torch.from_numpy(x) for x in (data.train.inputs, data.train.labels))
+    order = torch.randperm(30, generator=torch.Generator().set_state(generator.get_state()))
+    equal = stack.losses(inputs[order], labels[order])[0]
     levels = [0.0, 0.1, equal.item(), 50.0]
     metrics, _ = train_all(network, data, levels, settings, generator)
     np.testing.assert_array_equal(metrics["train_flooded_fraction"][1], [0, 0, 0, 1])
