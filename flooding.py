@@ -1,39 +1,72 @@
+# SPDX-License-Identifier: MIT
 """Flooding: keep the training loss from going to zero (Ishida et al., ICML 2020).
 
-With J the training loss of a mini-batch and b >= 0 the flood level, training minimises
+With J >= 0 the mean loss of a mini-batch and b >= 0 the flood level, training minimises
 
     |J - b| + b
 
 which is gradient descent while J is above b and gradient *ascent* while it is below: the loss
-floats around b instead of sinking to zero. This file needs nothing but torch; copy it. Three
-lines of a training loop change:
+floats around b instead of sinking to zero. This file needs nothing but torch; copy it.
 
-    from flooding import Flooding                               # 1
-    criterion = Flooding(torch.nn.CrossEntropyLoss(), 0.1)      # 2
-    ...
-    criterion.train()                                           # 3: criterion.eval() to validate
-    for inputs, labels in loader:
-        optimizer.zero_grad()
-        criterion(model(inputs), labels).backward()
-        optimizer.step()
+    loss = cross_entropy(model(inputs), labels)      # log this one: flooded, it is never below b
+    flood(loss, 0.1).backward()
 
-What goes wrong in practice:
+`Flooding` is for loops that take a criterion; its plain loss, to log, is the criterion's own:
 
-- Flood the *mean* loss of the mini-batch. Flooding each example's loss and averaging afterwards
-  is another method (iFlood, ICLR 2022).
-- Flood the whole loss, penalties included, before anything scales it: before it is divided by
-  the number of gradient-accumulation steps and before a mixed-precision `GradScaler` scales it.
-- Never flood a loss that is reported, plotted or used to choose a model: it could not show a
-  value below b. `Flooding` in evaluation mode returns the plain loss.
-- Under data-parallel training each rank floods the loss of its own mini-batch, with the same b.
-- Choose b on validation data; 0 is training without flooding.
+    criterion = Flooding(torch.nn.CrossEntropyLoss(), 0.1)
+    criterion(outputs := model(inputs), labels).backward()
+    loss = criterion.criterion(outputs.detach(), labels)
+
+Where the batch of one step comes in parts, by accumulation or on the ranks of DDP, flooding each
+part's mean is another method as soon as the parts lie on both sides of b; with parts of a single
+example it is iFlood (ICLR 2022). Flooding the whole batch is exact afterwards, since the gradient
+of |J - b| + b is sign(J - b) times that of J: add up plain gradients, and J beside them.
+
+    mean = torch.zeros((), device=device)
+    for inputs, labels in parts:
+        loss = cross_entropy(model(inputs), labels) * len(labels) / batch_size
+        scaler.scale(loss).backward()                # without a GradScaler: loss.backward()
+        mean += loss.detach()                        # not the scaled loss
+    torch.distributed.all_reduce(mean.div_(ranks))   # DDP averages gradients, so average J
+    flood_gradients(model.parameters(), mean, 0.1)   # unscale_ and clipping: before or after
+    scaler.step(optimizer)
+
+    class FloodingTrainer(transformers.Trainer):
+        mean = 0.0
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)     # this part's share of J
+            self.mean = self.mean + loss
+            if self.accelerator.sync_gradients:               # it was the last part
+                mean, self.mean = self.accelerator.reduce(self.mean, "mean"), 0.0
+                flood_gradients(self.model.parameters(), mean, 0.1)
+            return loss
+
+What goes wrong silently:
+
+- b has the unit of J: nats for cross-entropy only.
+- b must be above the lowest J that can be reached: label smoothing of 0.1 keeps cross-entropy
+  above 0.500 (10 classes) or 0.291 (3), and penalties inside J come on top. Log the share of
+  steps with J below b: 0 % means that b does nothing.
+- Weight decay in the optimizer is outside J and is not flooded.
+- `reduction="sum"` is no mean: the b that it needs grows with the batch.
+- J divided or scaled before `flood` meets a b of another size. Scale the flooded loss.
+- Half precision: 49 of the 2 001 values 0.09, 0.09001, ..., 0.11 are b = 0.1 itself in bfloat16,
+  where the gradient is zero. Flood in float32.
+- A Hugging Face trainer hands `compute_loss` an already divided loss, wrong to flood there, unless
+  `model_accepts_loss_kwargs = False`. Set that, with the `training_step` above too, for a model
+  that takes `**kwargs` but ignores `num_items_in_batch` (classifiers): else its J is a sum.
+- The level is not in the state_dict: after loading a checkpoint, set it again.
+
+Choose b on validation data; 0 is training without flooding.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
+from numbers import Real
 
+import torch
 from torch import Tensor, nn
 
 
@@ -41,57 +74,118 @@ def flood(loss: Tensor, level: float | Tensor) -> Tensor:
     """Return the flooded loss `(loss - level).abs() + level` (section 3 of the paper).
 
     Args:
-        loss: mean loss of a mini-batch in nats, a scalar; or one such mean a model, shape [K].
-        level: the flood level b in nats, a finite number >= 0; or one level a model, shape [K].
+        loss: mean loss J of a mini-batch in nats, a scalar; or one such mean a model, shape [K].
+        level: the flood level b in nats, a finite number >= 0 or a scalar tensor; or one level a
+            model, shape [K]. No gradient flows into it.
 
-    Where the loss equals the level the gradient is zero. A vector of losses with a vector of
-    levels floods K models at once: `flood(losses, levels).sum().backward()` gives each model
-    exactly its own gradient.
+    Shape and dtype are the loss's; where it equals the level the gradient is zero. The loss itself
+    is returned under `torch.no_grad()`, so that no validation loss is flooded, and when the level
+    is the number 0, whatever the loss; other levels, tensors of zeros too, assume J >= 0.
+    `flood(losses, levels).sum().backward()` gives each of K models exactly its own gradient.
 
     Raises:
-        ValueError: the level is a number that is negative, NaN or infinite. The values of a
-            tensor are not looked at: on a GPU that would wait for the device at every step.
+        ValueError: loss or level is not as above. The values of a tensor are not looked at: on a
+            GPU that would wait for the device at every step.
     """
-    if not isinstance(level, Tensor):
-        _check_level(level)
+    _check_loss(loss, dimensions=int(isinstance(level, Tensor) and level.dim() == 1))
+    _check_level(level, loss.shape)
+    if not torch.is_grad_enabled():
+        return loss
+    if isinstance(level, Tensor):
+        level = level.detach().to(loss.dtype)
+    elif (level := float(level)) == 0:
+        return loss
     return (loss - level).abs() + level
 
 
+@torch.no_grad()
+def flood_gradients(parameters: Iterable[Tensor], loss: Tensor, level: float | Tensor) -> None:
+    """Multiply each parameter's `.grad` by sign(loss - level), in place: flooding after backward.
+
+    Call it once a step, after the last `backward()`. It does not wait for the device.
+
+    Args:
+        parameters: those to flood; one without a gradient is passed over.
+        loss: J in nats, a scalar: the plain loss of the step's whole batch, whose gradient (or a
+            positive multiple of it) is in `.grad`.
+        level: the flood level b in nats, as for `flood`, but no vector. 0 changes nothing.
+
+    Raises:
+        ValueError: loss or level is not as above, or no parameter has a gradient.
+    """
+    _check_loss(loss, dimensions=0)
+    _check_level(level, loss.shape)
+    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
+    # Each parameter once: twice would leave a tied weight's gradient as it was.
+    gradients = [p.grad for p in dict.fromkeys(parameters) if p.grad is not None]
+    if not gradients:
+        raise ValueError("flooding found no gradient: backward() comes first, zero_grad() later")
+    if isinstance(level, Tensor) or level != 0:
+        sign = (loss - level).sign()
+        for gradient in gradients:
+            gradient.mul_(sign.to(gradient.device))
+
+
 class Flooding(nn.Module):
-    """Wrap a criterion: the flooded loss in training mode, the plain loss in evaluation mode.
+    """Wrap a criterion: flooded loss in training mode, plain in evaluation mode and `no_grad()`.
 
     Args:
         criterion: any callable, `nn.Module` or not, that returns the scalar mean loss of a
             mini-batch in nats.
-        level: the flood level b in nats, a finite number >= 0.
+        level: the flood level b in nats, a finite number >= 0 or a scalar tensor, which follows
+            `.to(device)`. It can be set at any step, also when compiled: `criterion.level = 0.2`.
 
     Raises:
-        ValueError: the level is negative, NaN or infinite; or, when called, the criterion
-            returns anything but a scalar.
+        ValueError: the criterion or the level is not as above, the level also when it is set, the
+            criterion's value when it is called.
     """
 
-    def __init__(self, criterion: Callable[..., Tensor], level: float) -> None:
+    def __init__(self, criterion: Callable[..., Tensor], level: float | Tensor) -> None:
         super().__init__()
-        _check_level(level)
+        if not callable(criterion) or isinstance(criterion, type):
+            raise ValueError(f"criterion {criterion!r:.60}: needed is a function or module")
         self.criterion = criterion
         self.level = level
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if name != "level":
+            return super().__setattr__(name, value)
+        _check_level(value, torch.Size())
+        if isinstance(value, Tensor):
+            _check_level(value.item(), torch.Size())  # waits for the device: here, not every step
+        if hasattr(self, name):
+            del self.level
+        if isinstance(value, Tensor):
+            self.register_buffer(name, value.detach(), persistent=False)
+        else:
+            super().__setattr__(name, float(value))
+
     def forward(self, *args, **kwargs) -> Tensor:
-        loss = self.criterion(*args, **kwargs)
-        if loss.dim() != 0:
-            raise ValueError(
-                f"flooding acts on the mean loss of a mini-batch, a scalar, and the criterion "
-                f"returned shape {list(loss.shape)}: use reduction='mean', or take the mean "
-                f"over the examples in the criterion"
-            )
-        return flood(loss, self.level) if self.training else loss
+        return flood(self.criterion(*args, **kwargs), self.level if self.training else 0)
 
     def extra_repr(self) -> str:
         return f"level={self.level}"
 
 
-def _check_level(level: float) -> None:
-    if not (math.isfinite(level) and level >= 0):
+def _check_loss(loss: Tensor, dimensions: int) -> None:
+    if not (isinstance(loss, Tensor) and loss.is_floating_point() and loss.dim() <= dimensions):
+        found = f"shape {list(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else loss
         raise ValueError(
-            f"flood level {level}: a finite number of nats >= 0 is needed; 0 turns flooding off"
+            f"flooding acts on the mean loss of a mini-batch, a scalar floating-point tensor, and "
+            f"the criterion returned {found!s:.60}: use reduction='mean', or take the mean"
+        )
+
+
+def _check_level(level: float | Tensor, shape: torch.Size) -> None:
+    if isinstance(level, Tensor):
+        valid = level.is_floating_point() and level.shape == shape
+    else:
+        # Not `< math.inf`: torch.compile takes that for true of any number, and lets inf pass.
+        valid = isinstance(level, Real) and 0 <= float(level) <= sys.float_info.max
+        valid = valid and not isinstance(level, bool)
+    if not valid:
+        found = f"{list(level.shape)}, {level.dtype}" if isinstance(level, Tensor) else repr(level)
+        raise ValueError(
+            f"flood level {found:.60}: a finite number >= 0 is needed (0 turns flooding off), or a "
+            f"floating-point tensor of the loss's shape, {list(shape)}"
         )

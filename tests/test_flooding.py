@@ -1,15 +1,28 @@
-"""The flooding line: value and gradient on both sides of the level, one model or many."""
+"""Flooding against hand-written computations: values, gradients and real training machinery."""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import math
+import multiprocessing
+import os
 import subprocess
 import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
-from flooding import Flooding, flood
+from flooding import Flooding, flood, flood_gradients
+
+NO_NUMBERS = (True, None, "0.1", [0.1], np.array(0.1), np.array([0.1]), 1j)
+NO_LEVELS = (-0.1, -1, math.nan, math.inf, -math.inf, np.float32(-0.1), *NO_NUMBERS)
+UNEQUAL_PARTS = (30, 30, 30, 13)
 
 
 @pytest.mark.parametrize(
@@ -19,6 +32,8 @@ from flooding import Flooding, flood
         (0.1, 0.25, 0.4, -1.0),  # below: mirrored, ascent
         (0.25, 0.25, 0.25, 0.0),  # at the level: nothing
         (0.7, 0.0, 0.7, 1.0),  # no flooding
+        (-0.7, 0.0, -0.7, 1.0),  # nor where the loss is negative
+        (0.0, 0.0, 0.0, 1.0),
     ],
 )
 def test_value_and_gradient(loss, level, value, gradient):
@@ -43,11 +58,42 @@ def test_a_vector_of_levels_gives_each_model_its_own_gradient():
         assert weight.grad == weights.grad[k]
 
 
+def test_losses_of_vmap_are_flooded_to_the_last_bit():
+    weights = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    losses = torch.func.vmap(lambda weight: (weight - 1).pow(2).mean())(weights)
+    levels = losses.detach() * torch.linspace(0, 2, 50)
+    flooded, expected = flood(losses, levels), (losses - levels).abs() + levels
+    assert torch.equal(flooded, expected)
+    (gradient,) = torch.autograd.grad(flooded.sum(), weights, retain_graph=True)
+    (expected,) = torch.autograd.grad(expected.sum(), weights)
+    assert torch.equal(gradient, expected) and not gradient[:24].equal(gradient[:24].abs())
+
+
+def test_level_zero_is_training_without_flooding_for_a_negative_loss():
+    """A Gaussian negative log-likelihood goes below 0; flooded at 0 it would stay there."""
+    targets = torch.randn(64, 1, generator=torch.Generator().manual_seed(0)) * 0.1
+    final = []
+    for flooded in (lambda loss: loss, lambda loss: flood(loss, 0), lambda loss: flood(loss, -0.0)):
+        parameters = torch.tensor([0.5, 0.0], requires_grad=True)
+        optimizer = torch.optim.SGD([parameters], lr=0.05)
+        for _ in range(60):
+            optimizer.zero_grad()
+            variance = parameters[1].exp().expand(64, 1)
+            loss = nn.functional.gaussian_nll_loss(parameters[0].expand(64, 1), targets, variance)
+            flooded(loss).backward()
+            flood_gradients([parameters], loss, 0.0)
+            optimizer.step()
+        final.append((loss.item(), *parameters.tolist()))
+    assert final[0][0] < -0.5
+    assert final[1] == final[2] == final[0]
+
+
 def test_module_floods_in_training_mode_only():
     criterion = Flooding(nn.CrossEntropyLoss(), 0.5)
     logits, labels = torch.tensor([[4.0, -4.0], [-3.0, 3.0]]), torch.tensor([0, 1])
-    plain = nn.functional.cross_entropy(logits, labels)
+    plain = cross_entropy(logits, labels)
     assert criterion(logits, labels) == pytest.approx(1.0 - plain.item())
+    assert criterion.criterion(logits, labels) == plain  # for logging
     criterion.eval()
     assert criterion(logits, labels) == plain
     assert "level=0.5" in repr(criterion)
@@ -57,12 +103,104 @@ def test_module_wraps_a_function():
     assert Flooding(nn.functional.mse_loss, 1.0)(torch.zeros(3), torch.zeros(3)) == 2.0
 
 
-@pytest.mark.parametrize("level", [-0.1, float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_a_validation_loss_is_plain_where_eval_was_forgotten(without_gradients):
+    criterion = Flooding(nn.functional.mse_loss, 0.5)
+    inputs = torch.full((2,), 0.1, requires_grad=True)
+    with without_gradients():
+        plain = nn.functional.mse_loss(inputs, torch.zeros(2))
+        assert criterion(inputs, torch.zeros(2)) == plain
+        assert flood(plain, 0.5) == plain
+        assert flood(plain, torch.tensor(0.5)) == plain
+    assert criterion(inputs, torch.zeros(2)) == 0.5 - plain + 0.5
+
+
+@pytest.mark.parametrize("level", NO_LEVELS, ids=repr)
 def test_bad_level(level):
+    message = r"flood level .* finite number >= 0"
+    criterion = Flooding(nn.CrossEntropyLoss(), 0.1)
+    loss = torch.tensor(1.0)
+    for call in (
+        lambda: Flooding(nn.CrossEntropyLoss(), level),
+        lambda: setattr(criterion, "level", level),
+        lambda: flood(loss, level),
+        lambda: flood_gradients([], loss, level),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            call()
+        assert repr(level) in str(error.value)
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        flood(loss, level)
+    assert criterion.level == 0.1
+
+
+@pytest.mark.parametrize(
+    "level",
+    [torch.tensor([0.1]), torch.tensor([[0.1]]), torch.tensor(1), torch.tensor(True)],
+    ids=repr,
+)
+def test_bad_level_tensor(level):
+    """A level of another shape would change the loss's."""
+    message = rf"flood level \[.*{level.dtype}.* shape, \[\]"
+    for call in (
+        lambda: Flooding(nn.CrossEntropyLoss(), level),
+        lambda: flood(torch.tensor(1.0), level),
+        lambda: flood_gradients([], torch.tensor(1.0), level),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match=r"shape, \[3\]"):
+        flood(torch.ones(3), torch.ones(2))
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+def test_the_module_looks_at_the_value_of_a_level_tensor(value):
+    criterion = Flooding(nn.CrossEntropyLoss(), torch.tensor(0.25))
     with pytest.raises(ValueError, match=r"flood level .* finite"):
-        Flooding(nn.CrossEntropyLoss(), level)
-    with pytest.raises(ValueError, match=r"flood level .* finite"):
-        flood(torch.tensor(1.0), level)
+        criterion.level = torch.tensor(value)
+    assert criterion.level == 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "level",
+    [
+        2,
+        Fraction(2),
+        np.float32(2),
+        np.float64(2),
+        np.int64(2),
+        torch.tensor(2.0),
+        torch.tensor(2.0, dtype=torch.float64, requires_grad=True),
+        nn.Parameter(torch.tensor(2.0, dtype=torch.float16)),
+    ],
+    ids=repr,
+)
+def test_kinds_of_levels(level, dtype):
+    """Each is used as it is, and the loss keeps its shape and dtype."""
+    criterion = Flooding(nn.functional.mse_loss, level)
+    assert not list(criterion.parameters())
+    inputs = torch.ones(3, dtype=dtype, requires_grad=True)
+    for flooded in (
+        flood(nn.functional.mse_loss(inputs, 0 * inputs), level),
+        criterion(inputs, 0 * inputs),
+    ):
+        assert (flooded.item(), flooded.shape, flooded.dtype) == (3, (), dtype)
+        (gradient,) = torch.autograd.grad(flooded, inputs)
+        assert (gradient < 0).all()
+    assert getattr(level, "grad", None) is None
+
+
+def test_a_level_can_be_set_and_follows_to():
+    criterion = Flooding(nn.functional.mse_loss, 0.1)
+    values = []
+    for level in (0.2, torch.tensor(0.5), torch.tensor(1.0), np.float64(2.0), 0):
+        criterion.level = level
+        values.append(criterion(torch.zeros(3), torch.zeros(3)).item())
+        assert not criterion.state_dict()
+    assert values == pytest.approx([0.4, 1.0, 2.0, 4.0, 0.0])
+    criterion.level = torch.tensor(0.5)
+    assert nn.Sequential(criterion).to("meta")[0].level.device.type == "meta"
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -70,9 +208,300 @@ def test_a_loss_per_example_is_refused(training):
     criterion = Flooding(nn.CrossEntropyLoss(reduction="none"), 0.1).train(training)
     with pytest.raises(ValueError, match=r"shape \[4\].*reduction='mean'"):
         criterion(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"shape \[4\].*reduction='mean'"):
+        flood(torch.zeros(4), 0.1)  # each example flooded: another method
+    with pytest.raises(ValueError, match=r"shape \[4\].*reduction='mean'"):
+        flood_gradients([], torch.zeros(4), torch.zeros(4))
 
 
-def test_the_file_needs_only_torch(tmp_path):
+@pytest.mark.parametrize(
+    "returned",
+    [0.3, None, {"loss": torch.tensor(0.3)}, (torch.tensor(0.3), 1), torch.tensor(3)],
+    ids=repr,
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_criterion_that_returns_no_loss_is_refused(returned, training):
+    criterion = Flooding(lambda: returned, 0.1).train(training)
+    named = str(returned) if not isinstance(returned, Tensor) else "torch.int64"
+    for call in (
+        criterion,
+        lambda: flood(returned, 0.1),
+        lambda: flood_gradients([], returned, 0.1),
+    ):
+        with pytest.raises(ValueError, match="mean loss of a mini-batch, a scalar") as error:
+            call()
+        assert named in str(error.value)
+
+
+@pytest.mark.parametrize("criterion", [0.1, None, nn.CrossEntropyLoss])
+def test_bad_criterion(criterion):
+    with pytest.raises(ValueError, match=r"criterion .* function or module"):
+        Flooding(criterion, 0.1)
+
+
+# torch.compile ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compile_counting():
+    """torch.compile in one whole graph, without a compiler of C; the list gets each graph."""
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    yield lambda function: torch.compile(function, backend=backend, fullgraph=True), graphs
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("set_level", [True, False])
+def test_a_schedule_of_levels_compiles_at_most_twice(compile_counting, set_level):
+    compile_whole, graphs = compile_counting
+    criterion = Flooding(nn.functional.mse_loss, 0.1)
+    inputs = torch.full((3,), 1.0, requires_grad=True)
+    compiled = compile_whole(
+        (lambda level: criterion(inputs, 0 * inputs))
+        if set_level
+        else (lambda level: flood(nn.functional.mse_loss(inputs, 0 * inputs), level))
+    )
+    for step in range(12):
+        level = 0.15 * (step + 1)
+        if set_level:
+            criterion.level = np.float64(level)
+        flooded = compiled(None if set_level else level)
+        (gradient,) = torch.autograd.grad(flooded, inputs)
+        assert flooded.item() == pytest.approx(abs(1 - level) + level)
+        assert torch.equal(gradient, torch.full((3,), 2 / 3 if level < 1 else -2 / 3))
+    assert len(graphs) <= 2
+    with torch.no_grad():
+        assert compiled(None if set_level else 1.8) == 1.0
+    assert len(graphs) <= 3
+
+
+@pytest.mark.parametrize("level", [-0.1, math.nan, math.inf])
+def test_a_compiled_schedule_refuses_bad_levels(compile_counting, level):
+    compile_whole, graphs = compile_counting
+    whole = compile_whole(flood)
+    for good in (0.1, 0.2, 0.3):
+        whole(torch.tensor(1.0), good)
+    assert len(graphs) == 2
+    with pytest.raises((ValueError, torch._dynamo.exc.Unsupported)):
+        whole(torch.tensor(1.0), level)
+    torch.compiler.reset()
+    in_parts = torch.compile(flood, backend="eager")
+    for good in (0.1, 0.2, 0.3):
+        in_parts(torch.tensor(1.0), good)
+    with pytest.raises(ValueError, match=r"flood level .* finite"):
+        in_parts(torch.tensor(1.0), level)
+
+
+# The batch of one step in parts ----------------------------------------------------------------
+
+
+def problem(seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network in float64 and 103 examples, those of high loss last."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    inputs, labels = torch.randn(103, 4, dtype=torch.float64) * 2, torch.randint(3, (103,))
+    order = cross_entropy(model(inputs), labels, reduction="none").argsort()
+    return model, inputs[order], labels[order]
+
+
+def gradients(model: nn.Module) -> Tensor:
+    """All gradients as one vector; they are cleared."""
+    flat = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    model.zero_grad()
+    return flat
+
+
+def whole_batch_gradients(model: nn.Module, inputs: Tensor, labels: Tensor, level: float) -> Tensor:
+    """Written by hand: the gradient of |J - b| + b, J the mean over all examples."""
+    ((cross_entropy(model(inputs), labels) - level).abs() + level).backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("times", [0.97, 1.03])  # the level, in units of J: above and below it
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_accumulated_gradients_are_those_of_the_whole_batch(times, as_tensor):
+    model, inputs, labels = problem()
+    level = times * cross_entropy(model(inputs), labels).item()
+    expected = whole_batch_gradients(model, inputs, labels, level)
+
+    mean, below = torch.zeros((), dtype=torch.float64), []
+    for part, part_labels in zip(inputs.split(UNEQUAL_PARTS), labels.split(UNEQUAL_PARTS)):
+        loss = cross_entropy(model(part), part_labels)
+        below.append(loss.item() < level)
+        (loss * len(part) / 103).backward()
+        mean += loss.detach() * len(part) / 103
+    assert set(below) == {True, False}
+    flood_gradients(model.parameters(), mean, torch.tensor(level) if as_tensor else level)
+    torch.testing.assert_close(gradients(model), expected, rtol=1e-12, atol=1e-14)
+
+    # Flooding each part's mean is another method...
+    for part, part_labels in zip(inputs.split(UNEQUAL_PARTS), labels.split(UNEQUAL_PARTS)):
+        (flood(cross_entropy(model(part), part_labels), level) * len(part) / 103).backward()
+    assert torch.cosine_similarity(gradients(model), expected, dim=0) < 0.75
+    # ... and with parts of one example that of iFlood.
+    for part, part_labels in zip(inputs.split(1), labels.split(1)):
+        (flood(cross_entropy(model(part), part_labels), level) / 103).backward()
+    one_by_one = gradients(model)
+    losses = cross_entropy(model(inputs), labels, reduction="none")
+    ((losses - level).abs() + level).mean().backward()
+    torch.testing.assert_close(one_by_one, gradients(model), rtol=1e-12, atol=1e-14)
+
+
+def test_gradients_at_the_level_and_at_level_zero():
+    model, inputs, labels = problem()
+    loss = cross_entropy(model(inputs), labels)
+    for level, factor in ((0.0, 1), (0, 1), (loss.item(), 0), (torch.tensor(9.0), -1)):
+        loss.backward(retain_graph=True)
+        plain = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        flood_gradients(model.parameters(), loss, level)
+        assert torch.equal(gradients(model), factor * plain)
+
+
+def test_gradients_of_tied_frozen_and_single_parameters():
+    tied, frozen = torch.ones(3, requires_grad=True), torch.ones(3)
+    loss = (tied * frozen).mean()
+    loss.backward()
+    flood_gradients([tied, frozen, tied], loss, 2.0)
+    assert torch.equal(tied.grad, torch.full((3,), -1 / 3))
+    flood_gradients(tied, loss, 2.0)
+    assert torch.equal(tied.grad, torch.full((3,), 1 / 3))
+    for parameters in ([], [frozen], frozen, iter([])):
+        with pytest.raises(ValueError, match="no gradient"):
+            flood_gradients(parameters, loss, 2.0)
+
+
+def test_flooding_does_not_wait_for_the_device():
+    """A tensor on the meta device has no values: looking at one is an error."""
+    inputs = torch.ones(3, device="meta", requires_grad=True)
+    for level in (0.1, torch.tensor(0.1, device="meta")):
+        loss = flood((inputs**2).mean(), level)
+        loss.backward()
+        flood_gradients([inputs], loss, level)
+
+
+@pytest.mark.parametrize("how", ["flood", "before unscale_", "after unscale_"])
+def test_grad_scaler(how):
+    """A GradScaler's factor is positive: flooding before or after it is taken out is the same."""
+    model, inputs, labels = problem()
+    by_hand, _, _ = problem()
+    level = 1.03 * cross_entropy(model(inputs), labels).item()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer_by_hand = torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    losses = []
+    for _ in range(3):
+        loss = cross_entropy(model(inputs), labels)
+        losses.append(loss.item())
+        scaler.scale(flood(loss, level) if how == "flood" else loss).backward()
+        if how == "before unscale_":
+            flood_gradients(model.parameters(), loss, level)
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        if how == "after unscale_":
+            flood_gradients(model.parameters(), loss, level)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        ((cross_entropy(by_hand(inputs), labels) - level).abs() + level).backward()
+        nn.utils.clip_grad_norm_(by_hand.parameters(), 0.1)
+        optimizer_by_hand.step()
+        optimizer_by_hand.zero_grad()
+    assert losses[0] < losses[1] < losses[2]  # it went uphill
+    parameters = nn.utils.parameters_to_vector(model.parameters()).detach()
+    expected = nn.utils.parameters_to_vector(by_hand.parameters()).detach()
+    torch.testing.assert_close(parameters, expected, rtol=1e-12, atol=1e-14)
+
+    # An overflow is still seen, and the step left out.
+    scaler.scale(cross_entropy(model(inputs), labels) * math.inf).backward()
+    flood_gradients(model.parameters(), loss, level)
+    scaler.step(optimizer)
+    assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), parameters)
+
+
+def check_a_rank(rank: int, store: str) -> None:
+    """Train on one of two ranks, in parts, and compare with the whole batch in one process."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    try:
+        model, inputs, labels = problem()
+        alone, _, _ = problem()
+        inputs, labels = inputs[:102], labels[:102]
+        level = 0.98 * cross_entropy(alone(inputs), labels).item()
+        mine = slice(51 * rank, 51 * (rank + 1))  # rank 0 has the examples of low loss
+        parts = list(zip(inputs[mine].split([30, 21]), labels[mine].split([30, 21])))
+        parallel = DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
+        optimizer_alone = torch.optim.SGD(alone.parameters(), lr=0.01, momentum=0.5)
+        directions, own_directions = [], []
+        for _ in range(20):
+            mean = torch.zeros((), dtype=torch.float64)
+            for number, (part, part_labels) in enumerate(parts):
+                with parallel.no_sync() if number == 0 else contextlib.nullcontext():
+                    loss = cross_entropy(parallel(part), part_labels) * len(part) / 51
+                    loss.backward()
+                mean += loss.detach()
+            own_directions.append(mean.item() > level)
+            torch.distributed.all_reduce(mean.div_(2))
+            flood_gradients(model.parameters(), mean, level)
+            directions.append(mean.item() > level)
+
+            ((cross_entropy(alone(inputs), labels) - level).abs() + level).backward()
+            for parameter, expected in zip(model.parameters(), alone.parameters()):
+                torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-10, atol=1e-13)
+            for each in (optimizer, optimizer_alone):
+                each.step()
+                each.zero_grad()
+        for parameter, expected in zip(model.parameters(), alone.parameters()):
+            torch.testing.assert_close(parameter, expected, rtol=1e-10, atol=1e-13)
+        # Or nothing was tested: both directions, and ranks on both sides of the level.
+        assert set(directions) == {True, False}
+        assert set(own_directions) == {rank == 1}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_are_one_process_with_the_whole_batch(tmp_path):
+    multiprocessing.set_forkserver_preload(["torch._dynamo"])  # imported once: it takes seconds
+    torch.multiprocessing.start_processes(
+        check_a_rank, (str(tmp_path / "store"),), nprocs=2, start_method="forkserver"
+    )
+
+
+# What the docstring says -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("classes", "lowest"), [(10, 0.500), (3, 0.291)])
+def test_lowest_cross_entropy_with_label_smoothing(classes, lowest):
+    target = torch.full((classes,), 0.1 / classes)
+    target[0] += 0.9
+    loss = cross_entropy(target.log()[None], torch.tensor([0]), label_smoothing=0.1)
+    assert loss.item() == pytest.approx(lowest, abs=5e-4)
+
+
+def test_a_loss_in_bfloat16_often_equals_the_level():
+    losses = torch.linspace(0.09, 0.11, 2001).bfloat16()
+    zero = 0
+    for loss in losses:
+        loss = loss.clone().requires_grad_()
+        flood(loss, 0.1).backward()
+        zero += loss.grad.item() == 0
+    assert zero == 49
+
+
+def test_the_file_needs_only_torch():
     blocked = "numpy", "datasets", "models", "train", "mlflow", "matplotlib"
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import flooding"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
