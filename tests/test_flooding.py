@@ -180,14 +180,16 @@ def test_kinds_of_levels(level, dtype):
     """Each is used as it is, and the loss keeps its shape and dtype."""
     criterion = Flooding(nn.functional.mse_loss, level)
     assert not list(criterion.parameters())
+    assert not getattr(criterion.level, "requires_grad", False)
     inputs = torch.ones(3, dtype=dtype, requires_grad=True)
     for flooded in (
         flood(nn.functional.mse_loss(inputs, 0 * inputs), level),
         criterion(inputs, 0 * inputs),
     ):
         assert (flooded.item(), flooded.shape, flooded.dtype) == (3, (), dtype)
-        (gradient,) = torch.autograd.grad(flooded, inputs)
-        assert (gradient < 0).all()
+        inputs.grad = None
+        flooded.backward()
+        assert (inputs.grad < 0).all()
     assert getattr(level, "grad", None) is None
 
 
@@ -370,6 +372,7 @@ def test_gradients_of_tied_frozen_and_single_parameters():
     assert torch.equal(tied.grad, torch.full((3,), -1 / 3))
     flood_gradients(tied, loss, 2.0)
     assert torch.equal(tied.grad, torch.full((3,), 1 / 3))
+    assert not tied.grad.requires_grad  # though the loss does
     for parameters in ([], [frozen], frozen, iter([])):
         with pytest.raises(ValueError, match="no gradient"):
             flood_gradients(parameters, loss, 2.0)
