@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import platform
@@ -22,23 +21,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from datasets import Dataset, DataSettings, Split, make_dataset
-from models import MLP, ModelSettings, StackedMLP
-from train import SPLITS, EvaluationSplit, TrainSettings, prepare_process, train_epochs
+from datasets import Dataset, Split, make_dataset
+from models import MLP, StackedMLP
+from process import prepare_process
+from settings import DataSettings, ModelSettings, TrainSettings
+from train import SPLITS, EvaluationSplit, _fetch, _train_epochs
 
 DEMO_MODEL = ModelSettings(hidden_layers=4, hidden_units=500, batch_norm=True)
 DEMO_TRAINING = TrainSettings("sgd", 0.01, batch_size=200, epochs=10**6, momentum=0.9)
 DEMO_LEVELS = (0.0, 0.26, 0.27, 0.28)
 PAPER_MODEL = ModelSettings(hidden_layers=5, hidden_units=500, batch_norm=False)
 PAPER_TRAINING = TrainSettings("adam", 0.001, batch_size=100, epochs=10**6)
-MODELS_AT_ONCE = (1, 4, 8, 16, 51, 204)
-MODELS_PER_PROCESS = (1, 4, 8, 16)
+MODELS_AT_ONCE = (1, 8, 17, 26, 51)
+MODELS_PER_PROCESS = (8, 17, 26)
 BYTES_PER_MODEL = 24e6  # of the paper's network: weights, gradients, two moments, activations
 LIMIT_SECONDS = 0.2  # a shape of (a), each round
 
@@ -80,17 +80,19 @@ def limit_cases(device: torch.device) -> list[Case]:
 
 def demo_case(data: Dataset, device: torch.device) -> Case:
     generator = torch.Generator().manual_seed(0)
-    network = MLP(2, DEMO_MODEL, generator=generator)
-    stack = StackedMLP(network, len(DEMO_LEVELS), device)
-    splits = [EvaluationSplit(getattr(data, name), len(DEMO_LEVELS), device) for name in SPLITS]
-    epochs = train_epochs(stack, data.train, DEMO_LEVELS, DEMO_TRAINING, generator)
+    stack = StackedMLP(MLP(2, DEMO_MODEL, generator), len(DEMO_LEVELS), device)
+    splits = [EvaluationSplit(name, getattr(data, name), device) for name in SPLITS]
+    levels = torch.tensor(DEMO_LEVELS, device=device)
+    epochs = _train_epochs(stack, data.train, levels, DEMO_TRAINING, generator)
     next(epochs)
 
     def epoch() -> None:
         _, batch_losses, flooded = next(epochs)
         folded = stack.fold()
-        scores = [score for split in splits for score in split.scores(folded)]
-        torch.stack([batch_losses, *scores, flooded]).cpu()
+        metrics = {"mini-batch loss": batch_losses, "flooded": flooded}
+        for split in splits:
+            metrics |= split.scores(folded)
+        _fetch(metrics, 1, DEMO_LEVELS, DEMO_TRAINING)
 
     return Case("(b) demo, one epoch", epoch, demo_operations(data))
 
@@ -105,9 +107,9 @@ def step_case(models: int, device: torch.device, name: str) -> Case:
     """One training step of 100 examples: an epoch of a data set of that size."""
     data = make_dataset(DataSettings("sinusoid2d", 0.1), seed=0)
     generator = torch.Generator().manual_seed(0)
-    stack = StackedMLP(MLP(2, PAPER_MODEL, generator=generator), models, device)
-    levels = np.linspace(0.1, 0.5, models).tolist()
-    epochs = train_epochs(stack, data.train, levels, PAPER_TRAINING, generator)
+    stack = StackedMLP(MLP(2, PAPER_MODEL, generator), models, device)
+    levels = torch.linspace(0.1, 0.5, models, device=device)
+    epochs = _train_epochs(stack, data.train, levels, PAPER_TRAINING, generator)
     next(epochs)
     return Case(name, lambda: next(epochs), step_operations(PAPER_MODEL, models, 100))
 
@@ -211,15 +213,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="rounds to take medians over")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
-    parser.add_argument("--tf32", action="store_true", help="TF32 products, on a GPU")
     arguments = parser.parse_args()
     from tqdm import tqdm
 
-    prepare_process()
-    device = torch.device(arguments.device)
-    if arguments.tf32:
-        torch.set_float32_matmul_precision("high")
+    device = prepare_process(arguments.device)
     cores = torch.get_num_threads()
     if device.type == "cpu":
         memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -251,17 +248,20 @@ def main() -> None:
             once = timed(case.call, device, 2)
             wanted = LIMIT_SECONDS if case in limits else 2 * LIMIT_SECONDS
             repeats[case.name] = max(1, round(wanted / once))
+        groups = {}
+        for models in per_process:
+            name = f"(d) {cores} processes, K = {models} each"
+            operations[name] = cores * step_operations(PAPER_MODEL, models, 100)
+            groups[name] = Processes(models, cores)
+            once = timed(lambda p=groups[name]: p.run(1), device, 2)
+            repeats[name] = max(2, round(2 * LIMIT_SECONDS / once))
         for _ in range(arguments.rounds):
             for case in (*limits, *cases):
                 record(case.name, timed(case.call, device, repeats[case.name]))
-        for models in per_process:
-            name = f"(d) {cores} processes, K = {models} each"
-            processes = Processes(models, cores)
-            once = timed(lambda p=processes: p.run(1), device, 2)
-            steps = max(2, round(2 * LIMIT_SECONDS / once))
-            operations[name] = cores * step_operations(PAPER_MODEL, models, 100)
-            for _ in range(arguments.rounds):
+            for name, processes in groups.items():
+                steps = repeats[name]
                 record(name, timed(lambda p=processes, s=steps: p.run(s), device, 1) / steps)
+        for processes in groups.values():
             processes.stop()
 
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -278,12 +278,6 @@ def main() -> None:
     demo_seconds = 200 * operations["(b) demo, one epoch"] / limit / 1e9
     print(f"\n(b) is {speedup:.1f} times as fast as (e)")
     print(f"the limit (a), {limit:.0f} GFLOP/s, would take {demo_seconds:.1f} s for the whole demo")
-    if arguments.json:
-        figures = {
-            name: {"seconds": medians[name], "gflops": rates[name], "of_limit": rates[name] / limit}
-            for name in medians
-        }
-        arguments.json.write_text(json.dumps({"machine": machine, "cases": figures}, indent=1))
 
 
 if __name__ == "__main__":
