@@ -289,7 +289,7 @@ def draw_table(cells: pd.DataFrame) -> Figure:
     """
     table = compare(cells).query("labels == 'noisy'")
     datasets, noises = table.dataset.unique(), sorted(table.label_noise.unique())
-    size = 1 + 3.6 * len(noises), 1.5 + 2.7 * len(datasets)
+    size = max(8, 1 + 3.6 * len(noises)), 1.5 + 2.7 * len(datasets)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(datasets), len(noises), squeeze=False, sharex=True)
     for row, dataset in zip(panels, datasets):

@@ -29,6 +29,7 @@ DEFAULTS = {
     "batch_size": 200,
     "epochs": 200,
 }
+PATIENCE_SECONDS = 8.0  # how long the end of a demo waits for a store that is away
 FLOOD_LEVELS = {"sgd": (0.26, 0.27, 0.28), "adam": (0.24, 0.25, 0.26)}
 
 
@@ -102,7 +103,7 @@ def main() -> None:
     }
     try:
         tags = tracking.experiment_tags(tracking.DEMO_DESCRIPTION, group_by="flood_level")
-        store = Store(tracking.DEMO_EXPERIMENT, tags)
+        store = Store(tracking.DEMO_EXPERIMENT, tags, PATIENCE_SECONDS)
     except TrackingError as error:
         parser.error(str(error))
     log = tracking.DemoLog(store, parameters, levels, device)

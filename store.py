@@ -36,7 +36,7 @@ import mlflow
 from mlflow.entities import DatasetInput, Metric, Param, RunTag
 
 FLUSH_SECONDS = 3.0  # between two writes: what a crash loses at most
-PATIENCE_SECONDS = 8.0  # how long the end of a script waits for a store that does not answer
+HURRIED_SECONDS = 5.0  # how long a script that was interrupted or failed waits for the store
 MAX_POINTS = 1000  # of metrics in one call, MLflow's limit
 
 # A new store reports its migrations, a locked one its tracebacks.
@@ -98,7 +98,7 @@ class Store:
         self,
         experiment: str,
         tags: Callable[[str], Mapping[str, str]],
-        patience: float = PATIENCE_SECONDS,
+        patience: float,
     ) -> None:
         uri = tracking_uri()
         try:
@@ -155,7 +155,7 @@ class Store:
         for run in list(self._open_runs):
             self.end(run, status)
         if kind:
-            self._patience = min(self._patience, PATIENCE_SECONDS)
+            self._patience = min(self._patience, HURRIED_SECONDS)
         try:
             self.flush()
         except TrackingError as error:

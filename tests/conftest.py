@@ -8,18 +8,24 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; small matrices,
 
 import importlib
 import io
+import multiprocessing
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-import store  # noqa: F401 - before MLflow, whose environment it sets  # isort: skip
+import store  # before MLflow, whose environment it sets  # isort: skip
 import mlflow
 
 PROJECT = Path(__file__).parent.parent
@@ -38,13 +44,75 @@ class Result:
     errors: str
 
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["conftest", "run_demo_synth", "run_table_synth", "plot", "tracking"])
+
+
+class Fork:
+    """A script in a process of its own, with what tests need of `subprocess.Popen`."""
+
+    def __init__(
+        self,
+        path: Path,
+        uri: str,
+        script: str,
+        flags: Sequence[object],
+        environment: Mapping[str, str],
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._streams = [Path(self._folder.name) / name for name in ("output", "errors")]
+        self._process = FORKS.Process(
+            target=_run_forked,
+            args=(path, uri, script, [*map(str, flags)], environment, self._streams),
+        )
+        self._process.start()
+        self.returncode: int | None = None
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        if self.returncode is None:
+            self._process.kill()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for its end; returns what it printed, the first time."""
+        if self.returncode is not None:
+            return "", ""
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, "still running"
+        self.returncode = self._process.exitcode
+        output, errors = (path.read_text() for path in self._streams)
+        self._folder.cleanup()
+        return output, errors
+
+
+def _run_forked(
+    path: Path,
+    uri: str,
+    script: str,
+    flags: list[str],
+    environment: Mapping[str, str],
+    streams: Sequence[Path],
+) -> None:
+    for number, stream in enumerate(streams, start=1):
+        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    os.chdir(path)
+    os.environ.update({"MLFLOW_TRACKING_URI": uri, **environment})
+    sys.argv = [str(PROJECT / script), *flags]
+    store.FLUSH_SECONDS = 0.2  # so that tests see sooner what is logged
+    importlib.import_module(script.removesuffix(".py")).main()
+
+
 class Folder:
     """An empty folder to run scripts in, with a view of its MLflow store."""
 
     def __init__(self, path: Path, uri: str | None = None) -> None:
         self.path = path
         self.uri = uri or f"sqlite:///{path}/mlflow.db"
-        self.processes: list[subprocess.Popen] = []
+        self.processes: list[subprocess.Popen | Fork] = []
 
     def run(self, script: str, *flags: object) -> Result:
         """Run a script's `main` in this process: where the process is not the point."""
@@ -72,8 +140,8 @@ class Folder:
                 signal.signal(number, handler)
         return Result(status, output.getvalue(), errors.getvalue())
 
-    def start(self, *command: object, **environment: str) -> subprocess.Popen:
-        """Start a real process: a script with its flags, or python flags before it."""
+    def spawn(self, *command: object, **environment: str) -> subprocess.Popen:
+        """Start a process as a user does: a script with its flags, or python flags before it."""
         script = [str(PROJECT / part) if str(part).endswith(".py") else part for part in command]
         process = subprocess.Popen(
             [sys.executable, *map(str, script)],
@@ -83,6 +151,12 @@ class Folder:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.processes.append(process)
+        return process
+
+    def fork(self, script: str, *flags: object, **environment: str) -> Fork:
+        """Start a process that has imported everything: seconds sooner than `spawn`."""
+        process = Fork(self.path, self.uri, script, flags, environment)
         self.processes.append(process)
         return process
 
@@ -122,7 +196,52 @@ class Folder:
         return curve
 
 
-def finish(process: subprocess.Popen, timeout: float = 100) -> Result:
+class Server:
+    """A real `mlflow server`, to be killed and started again on the same store."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.store_uri = f"sqlite:///{path}/mlflow.db"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        store = ("--backend-store-uri", self.store_uri, "--artifacts-destination", "files")
+        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), *store]
+        with (self.path / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, "--workers", "1"],
+                cwd=self.path,
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
+                return
+            except (urllib.error.URLError, TimeoutError):
+                assert time.monotonic() < deadline and self.process.poll() is None
+                time.sleep(0.1)
+
+    def kill(self) -> None:
+        """Kill it with its workers; nothing listens afterwards."""
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def finish(process: subprocess.Popen | Fork, timeout: float = 100) -> Result:
     """Wait for a process's end."""
     output, errors = process.communicate(timeout=timeout)
     return Result(process.returncode, output, errors)
@@ -154,3 +273,24 @@ def folder(empty_folder, empty_store) -> Folder:
     """A folder with a store that is set up."""
     shutil.copy(empty_store, empty_folder.path / "mlflow.db")
     return empty_folder
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory, empty_store) -> Iterator[Server]:
+    """A server, see `served`."""
+    path = tmp_path_factory.mktemp("server")
+    shutil.copy(empty_store, path / "mlflow.db")
+    server = Server(path)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def served(tmp_path, server) -> Iterator[Folder]:
+    """A folder whose runs go to the server, which a test may leave killed."""
+    if server.process is None:
+        server.start()
+    folder = Folder(tmp_path, server.uri)
+    yield folder
+    folder.stop()

@@ -166,7 +166,7 @@ def test_trials_are_the_demos_of_their_seeds(folder):
 
 def test_two_demos_at_once_are_both_logged_whole_and_bit_identical(empty_folder):
     flags = (*SMALL, "--epochs", 8, "--flood-levels", 0.65, 0.7)
-    demos = [empty_folder.start(SCRIPT, *flags) for _ in range(2)]
+    demos = [empty_folder.spawn(SCRIPT, *flags) for _ in range(2)]
     for demo in map(finish, demos):
         assert demo.status == 0 and demo.errors == "", demo.errors  # no bar, no migrations
     written = {path.name for path in empty_folder.path.iterdir()}
@@ -201,7 +201,7 @@ def test_more_dimensions_have_no_boundary(folder):
 
 def test_an_interrupted_demo_is_killed_with_its_curves(folder):
     demos = {
-        number: folder.start(
+        number: folder.fork(
             SCRIPT, *SMALL, "--epochs", 10**6, "--eval-every", 50, "--seed", int(number)
         )
         for number in (signal.SIGINT, signal.SIGTERM)
@@ -281,7 +281,7 @@ def test_help_and_wrong_flags_need_no_heavy_import(empty_folder):
     )
     for script in (SCRIPT, "run_table_synth.py"):
         shown, refused = (
-            finish(empty_folder.start("-c", code, PROJECT / script, *flags))
+            finish(empty_folder.spawn("-c", code, PROJECT / script, *flags))
             for flags in (["--help"], ["--label-noise", 2])
         )
         assert shown.status == 0 and "--flood-" in shown.output, shown.errors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 import sys
 import time
 
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Folder, finish, one_line
+from conftest import Folder, finish, free_port, one_line
 from test_train import plain_loop, plain_scores
 
 import run_table_synth
@@ -19,6 +20,7 @@ from datasets import make_dataset
 from models import MLP
 from results import choose_flood_levels, compare, markdown
 from settings import DataSettings, ModelSettings, TrainSettings
+from train import train_with_early_stopping
 
 SCRIPT = "run_table_synth.py"
 SMALL = (
@@ -225,7 +227,7 @@ def test_files_of_cells_that_do_not_fit(whole, folder):
 
 
 def test_killed_and_resumed_equals_uninterrupted(whole, folder):
-    killed = folder.start(SCRIPT, *SMALL)
+    killed = folder.fork(SCRIPT, *SMALL)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and len(finished(folder)) < 2:
         time.sleep(0.05)
@@ -246,21 +248,60 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
 def test_two_processes_equal_one_and_lose_nothing(whole, folder):
-    result = finish(folder.start(*TORCHRUN, 2, SCRIPT, *SMALL))
+    result = finish(folder.spawn(*TORCHRUN, 2, SCRIPT, *SMALL))
     assert result.status == 0, result.errors
     assert "side by side: 2" in result.output and result.output.count("Saved:") == 1
     assert len(cell_runs(folder)) == CELLS == len(finished(folder))
     assert_same_files(folder, whole)
 
 
-def test_a_failing_rank_fails_the_job_with_its_own_error(folder):
-    flags = (*SMALL, "--optimizer", "sgd", "--learning-rate", 1e30)
-    result = finish(folder.start(*TORCHRUN, 2, SCRIPT, *flags))
+def test_a_failing_rank_leaves_no_run_open(folder):
+    """As torchrun does it: where one process fails, the others get SIGTERM."""
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    flags = (*SMALL, "--epochs", 10**6)
+    good = folder.fork(SCRIPT, *flags, **environment, RANK="0")
+    bad = folder.fork(
+        *(SCRIPT, *flags, "--optimizer", "sgd", "--learning-rate", 1e30), **environment, RANK="1"
+    )
+    result = finish(bad)
     assert result.status == 1
-    assert "run_table_synth.py: error: flood level 0" in result.errors
-    statuses = {run.info.status for run in cell_runs(folder)}
-    assert "FAILED" in statuses and statuses <= {"FAILED", "KILLED"}
+    assert "run_table_synth.py: error: flood level 0" in one_line(result.errors)
+    good.send_signal(signal.SIGTERM)
+    result = finish(good)
+    assert result.status == 128 + signal.SIGTERM
+    assert result.errors.endswith("stopped by SIGTERM\n") and "Traceback" not in result.errors
+    assert {run.info.status for run in cell_runs(folder)} == {"FAILED", "KILLED"}
     assert not list(folder.path.glob("table_synth*"))
+
+
+def test_cells_that_a_dead_server_has_not_got_are_kept(whole, served, server, monkeypatch):
+    monkeypatch.setattr("run_table_synth.PATIENCE_SECONDS", 0.5)
+    train, trained = train_with_early_stopping, []
+
+    def killing(*arguments):
+        trained.append(arguments)
+        if len(trained) == 3:
+            server.kill()
+        if len(trained) > 3:
+            time.sleep(0.4)
+        return train(*arguments)
+
+    monkeypatch.setattr("train.train_with_early_stopping", killing)
+    monkeypatch.setattr("store.FLUSH_SECONDS", 0.01)
+    failed = served.run(SCRIPT, *SMALL)
+    assert failed.status == 1 and "Traceback" not in failed.errors
+    told, error = sorted(failed.errors.splitlines())
+    assert f"error: MLFLOW_TRACKING_URI {served.uri}: the last " in error
+    [kept] = served.path.glob("table_synth_cells_*.csv")
+    assert told == f"cells that MLflow has not got, for --cells: {kept.name}"
+    trained_first = len(trained)
+
+    server.start()
+    result = served.run(SCRIPT, *SMALL, "--cells", kept.name)
+    assert result.status == 0 and result.errors == "", result.errors
+    assert len(trained) == CELLS  # none of them twice
+    assert len(finished(served)) == CELLS and trained_first < CELLS
+    assert_same_files(served, whole)
 
 
 def test_weights_that_blow_up_in_the_last_step_are_a_failure(folder):
