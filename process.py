@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import torch
 
 from settings import check
+
+LOST_SECONDS = 60.0  # after which a process that shows no life is taken to be lost
 
 
 def prepare_process(device: str = "cpu", threads: int | None = None) -> torch.device:
@@ -64,8 +70,8 @@ class Ranks:
     """The processes that torchrun started, which share out work; a single one without it.
 
     They meet at torchrun's key-value store, and need no process group: whoever is free takes
-    the next piece, and nobody waits for anybody but at the end. After torchrun restarts them
-    they count anew, so a piece that is done has to be known by other means.
+    the next piece, and nobody waits for anybody but rank 0 at the end. After torchrun restarts
+    them they count anew, so a piece that is done has to be known by other means.
     """
 
     def __init__(self) -> None:
@@ -73,18 +79,44 @@ class Ranks:
         if "RANK" in os.environ:
             rendezvous = torch.distributed.rendezvous("env://")
             self._store, self.rank, self.world_size = next(rendezvous)
-        self._taken = 0
+            threading.Thread(target=self._show_life, daemon=True).start()
 
-    def take(self) -> int:
-        """Return the number of the next piece of work, counted from 0 over all processes."""
-        self._taken += 1
-        return (self._store.add("taken", 1) if self._store else self._taken) - 1
+    def _show_life(self) -> None:
+        # Without the store the work itself fails, and says so.
+        with contextlib.suppress(torch.distributed.DistError):
+            while True:
+                self._store.add(f"life {self.rank}", 1)
+                time.sleep(LOST_SECONDS / 10)
 
-    def finish(self) -> None:
-        """Say that this process has no more work."""
-        if self._store:
-            self._store.add("finished", 1)
+    def share(self, pieces: int, save: Callable[[], object]) -> Iterator[int]:
+        """Yield the numbers of this process's pieces of work, of so many.
 
-    def all_finished(self) -> bool:
-        """Whether every process has said so."""
-        return self._store is None or self._store.add("finished", 0) == self.world_size
+        `save` is called when there are no more. Rank 0 then waits for the others and, if one was
+        lost on the way, gets all pieces once more, to do those that are not done.
+        """
+        if self._store is None:
+            yield from range(pieces)
+            save()
+            return
+        while (piece := self._store.add("taken", 1) - 1) < pieces:
+            yield piece
+        save()
+        self._store.add(f"finished {self.rank}", 1)
+        if self.rank == 0 and self._wait_for_others():
+            yield from range(pieces)
+            save()
+
+    def _wait_for_others(self) -> bool:
+        """Wait until each has finished, or shown no life for a while: whether one is lost."""
+        now = time.monotonic()
+        lives = dict.fromkeys(range(self.world_size), (0, now))  # and since when so many
+        while True:
+            now = time.monotonic()
+            for rank in list(lives):
+                if self._store.add(f"finished {rank}", 0):
+                    del lives[rank]
+                elif (count := self._store.add(f"life {rank}", 0)) != lives[rank][0]:
+                    lives[rank] = count, now
+            if all(now - since > LOST_SECONDS for _, since in lives.values()):
+                return bool(lives)
+            time.sleep(0.2)

@@ -12,7 +12,6 @@ import argparse
 import functools
 import os
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -185,7 +184,7 @@ def main() -> None:
         with store, progress_bar(len(cells) - len(done), "cell", 1, show=first) as bar:
             # The other processes are taken to be as far as this one.
             on_epoch = functools.partial(bar.update, ranks.world_size / epochs)
-            while (number := ranks.take()) < len(cells):
+            for number in ranks.share(len(cells), store.flush):
                 cell = cells[number]
                 parameters = cell.parameters(shared)
                 if log.finished(parameters):
@@ -202,12 +201,8 @@ def main() -> None:
                     )
                 log.finish(run, parameters, rows)
                 store.check()
-            store.flush()
-            ranks.finish()
             if not first:
                 return
-            while not ranks.all_finished():
-                time.sleep(0.2)
             table = log.load([cell.parameters(shared) for cell in cells])
             paths = save_table(table, arguments.output_dir)
             log.table(f"table of {len(cells)} cells", paths)

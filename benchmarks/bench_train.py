@@ -3,7 +3,8 @@
 Measures in turn, several rounds, and takes medians: (a) float32 matrix products of about the
 network's sizes, the limit; (b) an epoch of the default demo; (c) training steps of the paper's
 network for K models at once; (d) the same on all cores with one thread a process; (e) the epoch
-of (b) as a plain loop over models with DataLoader. Needs torch and numpy only.
+of (b) as a plain loop over models with DataLoader; (f) what logging the whole demo to MLflow
+takes when nothing runs beside it, which is the most that it can add.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import math
 import multiprocessing
 import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -30,10 +34,11 @@ from datasets import Dataset, Split, make_dataset
 from models import MLP, StackedMLP
 from process import prepare_process
 from settings import DataSettings, ModelSettings, TrainSettings
-from train import SPLITS, EvaluationSplit, _fetch, _train_epochs
+from train import METRICS, SPLITS, Evaluation, EvaluationSplit, _fetch, _train_epochs
 
 DEMO_MODEL = ModelSettings(hidden_layers=4, hidden_units=500, batch_norm=True)
 DEMO_TRAINING = TrainSettings("sgd", 0.01, batch_size=200, epochs=10**6, momentum=0.9)
+DEMO_EPOCHS = 200
 DEMO_LEVELS = (0.0, 0.26, 0.27, 0.28)
 PAPER_MODEL = ModelSettings(hidden_layers=5, hidden_units=500, batch_norm=False)
 PAPER_TRAINING = TrainSettings("adam", 0.001, batch_size=100, epochs=10**6)
@@ -156,6 +161,29 @@ def plain_case(data: Dataset, device: torch.device) -> Case:
     return Case("(e) the same epoch, plain loop", epoch, demo_operations(data))
 
 
+def log_case(data: Dataset, device: torch.device) -> Case:
+    """All that a demo of 200 epochs logs, into a new SQLite store, until it is written."""
+    from store import Store
+    from tracking import DEMO_EXPERIMENT, DemoLog
+
+    settings = DataSettings("sinusoid2d", 0.1)
+    metrics = {name: np.full(len(DEMO_LEVELS), 0.5) for name in METRICS}
+    folder = tempfile.TemporaryDirectory()
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder.name}/mlflow.db"
+    opened = Store(DEMO_EXPERIMENT, lambda experiment: {}, patience=60.0)
+
+    def log() -> None:
+        demo = DemoLog(opened, {"optimizer": "sgd"}, DEMO_LEVELS, device)
+        demo.start_trial(settings, 0, data)
+        for epoch in range(DEMO_EPOCHS + 1):
+            demo.evaluation(Evaluation(slice(None), epoch, metrics, ()))
+        demo.result("", 0.26, dict.fromkeys(DEMO_LEVELS, "#000000"), (), None)
+        opened.flush()
+
+    log.folder = folder  # is removed with the case
+    return Case("(f) logging of the whole demo", log, math.nan)
+
+
 def work_for(connection, models: int) -> None:
     """A process of (d): time as many steps as it is told, when it is told."""
     prepare_process(threads=1)
@@ -231,7 +259,7 @@ def main() -> None:
         for models in MODELS_AT_ONCE
         if models * BYTES_PER_MODEL < memory / 2
     ]
-    cases.append(plain_case(data, device))
+    cases += [plain_case(data, device), log_case(data, device)]
     seconds: dict[str, list[float]] = {}
     operations = {case.name: case.operations for case in (*limits, *cases)}
     per_process = MODELS_PER_PROCESS if device.type == "cpu" else ()
@@ -275,8 +303,10 @@ def main() -> None:
     for name in medians:
         print(f"{name:36}{1000 * medians[name]:10.2f}{rates[name]:10.0f}{rates[name] / limit:8.2f}")
     speedup = medians["(e) the same epoch, plain loop"] / medians["(b) demo, one epoch"]
-    demo_seconds = 200 * operations["(b) demo, one epoch"] / limit / 1e9
+    demo_seconds = DEMO_EPOCHS * operations["(b) demo, one epoch"] / limit / 1e9
     print(f"\n(b) is {speedup:.1f} times as fast as (e)")
+    share = medians["(f) logging of the whole demo"] / medians["(b) demo, one epoch"] / DEMO_EPOCHS
+    print(f"(f) is {100 * share:.1f}% of {DEMO_EPOCHS} times (b)")
     print(f"the limit (a), {limit:.0f} GFLOP/s, would take {demo_seconds:.1f} s for the whole demo")
 
 

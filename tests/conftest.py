@@ -25,6 +25,7 @@ from pathlib import Path
 
 import pytest
 
+import process
 import store  # before MLflow, whose environment it sets  # isort: skip
 import mlflow
 
@@ -102,7 +103,8 @@ def _run_forked(
     os.chdir(path)
     os.environ.update({"MLFLOW_TRACKING_URI": uri, **environment})
     sys.argv = [str(PROJECT / script), *flags]
-    store.FLUSH_SECONDS = 0.2  # so that tests see sooner what is logged
+    store.FLUSH_SECONDS = 0.2  # so that tests see sooner what is logged, or who is lost
+    process.LOST_SECONDS = 1.0
     importlib.import_module(script.removesuffix(".py")).main()
 
 

@@ -20,9 +20,11 @@ def test_the_benchmark_prints_a_row_a_case(monkeypatch, capsys):
         monkeypatch.setattr(benchmark, name, small)
     monkeypatch.setattr(benchmark, "MODELS_AT_ONCE", (2,))
     monkeypatch.setattr(benchmark, "MODELS_PER_PROCESS", ())
+    monkeypatch.setattr(benchmark, "DEMO_EPOCHS", 3)
     monkeypatch.setattr(benchmark, "LIMIT_SECONDS", 0.001)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # restored afterwards
     monkeypatch.setattr(sys, "argv", ["bench_train.py", "--rounds", "1"])
     benchmark.main()
     output = capsys.readouterr().out
     assert output.count("(a) ") == 6 and "(c) training step, K = 2" in output
-    assert "times as fast as (e)" in output
+    assert "times as fast as (e)" in output and "% of 3 times (b)" in output

@@ -255,14 +255,18 @@ def test_two_processes_equal_one_and_lose_nothing(whole, folder):
     assert_same_files(folder, whole)
 
 
+def two_ranks():
+    """What torchrun says to two processes."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**shared, "RANK": str(rank)} for rank in range(2)]
+
+
 def test_a_failing_rank_leaves_no_run_open(folder):
     """As torchrun does it: where one process fails, the others get SIGTERM."""
-    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    first, second = two_ranks()
     flags = (*SMALL, "--epochs", 10**6)
-    good = folder.fork(SCRIPT, *flags, **environment, RANK="0")
-    bad = folder.fork(
-        *(SCRIPT, *flags, "--optimizer", "sgd", "--learning-rate", 1e30), **environment, RANK="1"
-    )
+    good = folder.fork(SCRIPT, *flags, **first)
+    bad = folder.fork(SCRIPT, *flags, "--optimizer", "sgd", "--learning-rate", 1e30, **second)
     result = finish(bad)
     assert result.status == 1
     assert "run_table_synth.py: error: flood level 0" in one_line(result.errors)
@@ -272,6 +276,23 @@ def test_a_failing_rank_leaves_no_run_open(folder):
     assert result.errors.endswith("stopped by SIGTERM\n") and "Traceback" not in result.errors
     assert {run.info.status for run in cell_runs(folder)} == {"FAILED", "KILLED"}
     assert not list(folder.path.glob("table_synth*"))
+
+
+def test_what_a_lost_rank_took_is_trained_by_the_first(whole, folder):
+    first, second = two_ranks()
+    # The second takes a cell and never ends it; its network is another, so that we know it.
+    lost = folder.fork(SCRIPT, *SMALL, "--epochs", 10**6, **second)
+    left = folder.fork(SCRIPT, *SMALL, **first)
+    deadline = time.monotonic() + 60
+    while len(cell_runs(folder)) < CELLS:  # one for each cell, the endless one among them
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(finished(folder)) < CELLS
+    lost.kill()
+    result = finish(left)
+    assert result.status == 0 and result.errors == "", result.errors
+    assert len(finished(folder)) == CELLS
+    assert_same_files(folder, whole)
 
 
 def test_cells_that_a_dead_server_has_not_got_are_kept(whole, served, server, monkeypatch):
