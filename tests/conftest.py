@@ -25,7 +25,6 @@ from pathlib import Path
 
 import pytest
 
-import process
 import store  # before MLflow, whose environment it sets  # isort: skip
 import mlflow
 
@@ -103,6 +102,8 @@ def _run_forked(
     os.chdir(path)
     os.environ.update({"MLFLOW_TRACKING_URI": uri, **environment})
     sys.argv = [str(PROJECT / script), *flags]
+    import process
+
     store.FLUSH_SECONDS = 0.2  # so that tests see sooner what is logged, or who is lost
     process.LOST_SECONDS = 1.0
     importlib.import_module(script.removesuffix(".py")).main()
