@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from datasets import true_boundary
 from results import choose_flood_levels, compare
@@ -165,6 +165,7 @@ def _draw_curves(
     axes.set_xlim(0, epochs)
     _limit(axes, score, pd.concat(bands), epochs)
     axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("cross-entropy loss (nats)" if score == "loss" else "accuracy")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
@@ -255,11 +256,10 @@ def _draw_boundary(boundary: Boundary, compared: float, parameters: Mapping[str,
         axes.scatter(*inputs[flipped].T, s=120, facecolor="none", edgecolor=color,
                      linewidth=2, zorder=4)  # fmt: skip
         name = f"{side}, b = {level:g}" if level else side
-        learned = (predictions == labels)[flipped].sum()
-        axes.set_title(
-            f"{name}:\nlearned {learned} of {_count(flipped.sum(), 'flipped label')}",
-            color=color, fontsize=11, fontweight="bold",
-        )  # fmt: skip
+        if flipped.any():
+            learned = (predictions == labels)[flipped].sum()
+            name += f":\nlearned {learned} of {_count(flipped.sum(), 'flipped label')}"
+        axes.set_title(name, color=color, fontsize=11, fontweight="bold")
         axes.set_aspect("equal")
         axes.set_xticks([])
         axes.set_yticks([])

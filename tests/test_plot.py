@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -137,6 +138,8 @@ def test_no_flooding_chosen(levels, best, title, compared):
         said = [text.get_text() for text in texts(figure)]
         assert {"synth_loss.png": "Loss", "synth_acc.png": "Accuracy"}[name] + title in said
         assert len(curves(figure)) == (4 if compared else 2)
+        FigureCanvasAgg(figure).draw()
+        assert all(float(tick).is_integer() for tick in figure.axes[0].get_xticks())
         assert any("batches of 10, 1 epoch; seed 0" in text for text in said)
         assert_nothing_overlaps(figure)
 
@@ -204,6 +207,16 @@ def test_boundaries():
     [legend] = figure.legends
     assert "label flipped" in [text.get_text() for text in legend.texts]
     assert_nothing_overlaps(figure)
+
+
+def test_boundaries_without_flipped_labels():
+    boundary = made_boundary()
+    boundary = replace(boundary, labels=boundary.clean_labels)
+    figure = draw_demo(made_history(), PARAMETERS, boundary)["synth_boundary.png"]
+    assert [axes.get_title() for axes in figure.axes] == [
+        "without flooding",
+        "with flooding, b = 0.2",
+    ]
 
 
 def test_the_true_boundary_is_drawn_where_the_clean_labels_change():
