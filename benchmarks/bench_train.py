@@ -301,7 +301,9 @@ def main() -> None:
     print(f"{machine}, {cores} threads, torch {torch.__version__}, {arguments.rounds} rounds\n")
     print(f"{'':36}{'ms':>10}{'GFLOP/s':>10}{'of (a)':>8}")
     for name in medians:
-        print(f"{name:36}{1000 * medians[name]:10.2f}{rates[name]:10.0f}{rates[name] / limit:8.2f}")
+        rate = rates[name]
+        products = "" if math.isnan(rate) else f"{rate:10.0f}{rate / limit:8.2f}"
+        print(f"{name:36}{1000 * medians[name]:10.2f}{products}")
     speedup = medians["(e) the same epoch, plain loop"] / medians["(b) demo, one epoch"]
     demo_seconds = DEMO_EPOCHS * operations["(b) demo, one epoch"] / limit / 1e9
     print(f"\n(b) is {speedup:.1f} times as fast as (e)")
