@@ -18,7 +18,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ import store  # before MLflow, whose environment it sets  # isort: skip
 import mlflow
 
 PROJECT = Path(__file__).parent.parent
+PICTURES = {"synth_acc.png", "synth_boundary.png", "synth_loss.png"}
 SMALL = (
     *("--train-samples", 30, "--val-samples", 20, "--test-samples", 60),
     *("--hidden-layers", 2, "--hidden-units", 16),
@@ -221,14 +222,15 @@ class Server:
                 stderr=log,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
-                return
-            except (urllib.error.URLError, TimeoutError):
-                assert time.monotonic() < deadline and self.process.poll() is None
-                time.sleep(0.1)
+        wait_until(self._answers)
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None
+        try:
+            urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
+        except (urllib.error.URLError, TimeoutError):
+            return False
+        return True
 
     def kill(self) -> None:
         """Kill it with its workers; nothing listens afterwards."""
@@ -242,6 +244,14 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for something that happens in another process or thread."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def finish(process: subprocess.Popen | Fork, timeout: float = 100) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from dataclasses import replace
@@ -22,6 +23,8 @@ def test_the_benchmark_prints_a_row_a_case(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "MODELS_PER_PROCESS", ())
     monkeypatch.setattr(benchmark, "DEMO_EPOCHS", 3)
     monkeypatch.setattr(benchmark, "LIMIT_SECONDS", 0.001)
+    small = functools.partial(benchmark.DataSettings, test_samples=100)
+    monkeypatch.setattr(benchmark, "DataSettings", small)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # restored afterwards
     monkeypatch.setattr(sys, "argv", ["bench_train.py", "--rounds", "1"])
     benchmark.main()

@@ -15,25 +15,14 @@ from matplotlib.text import Text
 import plot
 from datasets import make_dataset
 from plot import STOPPING_COLORS, WITH_COLOR, WITHOUT_COLOR, draw_demo, draw_table
-from settings import SCORES, STOPPINGS, DataSettings
+from settings import SCORES, STOPPINGS, DataSettings, ModelSettings, TrainSettings
 from train import METRICS, Boundary
 
 PARAMETERS = {
-    "dataset": "sinusoid2d",
-    "label_noise": 0.1,
-    "spiral_noise": 0.0,
-    "train_samples": 100,
-    "hidden_layers": 4,
-    "hidden_units": 500,
-    "batch_norm": True,
-    "optimizer": "sgd",
-    "learning_rate": 0.01,
-    "momentum": 0.9,
-    "batch_size": 200,
-    "epochs": 40,
-    "seed": 0,
-    "trials": 1,
-    "select_on": "clean",
+    **vars(DataSettings("sinusoid2d", 0.1)),
+    **vars(ModelSettings(hidden_layers=4, hidden_units=500, batch_norm=True)),
+    **vars(TrainSettings("sgd", 0.01, batch_size=200, epochs=40, momentum=0.9)),
+    **{"seed": 0, "trials": 1, "select_on": "clean"},
 }
 
 

@@ -7,7 +7,7 @@ import sqlite3
 import time
 
 import pytest
-from conftest import SMALL, finish, one_line
+from conftest import PICTURES, SMALL, finish, one_line, wait_until
 
 from store import Store, TrackingError, without_password
 from tracking import DemoLog, metric_name
@@ -16,7 +16,6 @@ from train import METRICS
 SCRIPT = "run_demo_synth.py"
 FLAGS = (*SMALL, "--flood-levels", 0.65)
 EPOCHS = 60
-PICTURES = {"synth_acc.png", "synth_boundary.png", "synth_loss.png"}
 
 
 def runs_of(folder, seed):
@@ -26,7 +25,7 @@ def runs_of(folder, seed):
 
 @pytest.fixture
 def at_epoch(monkeypatch):
-    """Have something done at some epoch of a demo, when the store has got the epochs before."""
+    """Have something done with a demo's store at some epoch."""
     monkeypatch.setattr("store.FLUSH_SECONDS", 0.01)
 
     def do(epoch, call):
@@ -34,7 +33,7 @@ def at_epoch(monkeypatch):
 
         def evaluation(self, now):
             if now.epoch == epoch:
-                call()
+                call(self._store)
             log(self, now)
             time.sleep(0.01)
 
@@ -66,9 +65,9 @@ def test_passwords_are_not_in_what_is_logged_or_shown(served, server):
 
 
 def test_a_server_that_comes_back_misses_nothing(served, server, at_epoch):
-    def away():
+    def away(store):
         server.kill()
-        at_epoch(2 * EPOCHS // 3, server.start)
+        at_epoch(2 * EPOCHS // 3, lambda store: server.start())
 
     at_epoch(EPOCHS // 3, away)
     result = served.run(SCRIPT, *FLAGS, "--epochs", EPOCHS, "--seed", 12)
@@ -84,7 +83,12 @@ def test_a_server_that_comes_back_misses_nothing(served, server, at_epoch):
 
 def test_a_server_that_is_killed_costs_only_its_log(served, server, at_epoch, monkeypatch):
     monkeypatch.setattr("run_demo_synth.PATIENCE_SECONDS", 1.0)
-    at_epoch(EPOCHS // 2, server.kill)
+
+    def killed(store):
+        store.flush()
+        server.kill()
+
+    at_epoch(EPOCHS // 2, killed)
     result = served.run(SCRIPT, *FLAGS, "--epochs", EPOCHS, "--seed", 11)
     assert result.status == 1
     line = one_line(result.errors)
@@ -103,12 +107,9 @@ def test_signals_are_heard_while_the_server_is_away(served, server):
         number: served.fork(SCRIPT, *FLAGS, *long, "--seed", 20 + number)
         for number in (signal.SIGINT, signal.SIGTERM)
     }
-    deadline = time.monotonic() + 60
-    logged = 0
-    while logged < 4:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-        logged = sum(bool(run.data.metrics) for n in demos for run in runs_of(served, 20 + n))
+    wait_until(
+        lambda: sum(bool(run.data.metrics) for n in demos for run in runs_of(served, 20 + n)) == 4
+    )
     server.kill()
     time.sleep(1)
     for number, demo in demos.items():
@@ -136,9 +137,7 @@ def test_a_locked_database_is_waited_for_but_not_for_long(folder, monkeypatch):
         assert time.monotonic() - started < 10  # SQLite itself would wait for 20
         other.execute("ROLLBACK")
         other.close()
-        deadline = time.monotonic() + 30
-        while experiment._queue and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until(lambda: not experiment._queue)
         experiment.end(run)
     [run] = folder.runs("some")
     assert run.data.metrics == {"loss": 1.0} and run.info.status == "FINISHED"

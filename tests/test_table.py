@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Folder, finish, free_port, one_line
+from conftest import Folder, finish, free_port, one_line, wait_until
 from test_train import plain_loop, plain_scores
 
 import run_table_synth
@@ -228,9 +228,7 @@ def test_files_of_cells_that_do_not_fit(whole, folder):
 
 def test_killed_and_resumed_equals_uninterrupted(whole, folder):
     killed = folder.fork(SCRIPT, *SMALL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and len(finished(folder)) < 2:
-        time.sleep(0.05)
+    wait_until(lambda: len(finished(folder)) >= 2)
     killed.kill()
     killed.communicate()
     before = finished(folder)
@@ -283,10 +281,7 @@ def test_what_a_lost_rank_took_is_trained_by_the_first(whole, folder):
     # The second takes a cell and never ends it; its network is another, so that we know it.
     lost = folder.fork(SCRIPT, *SMALL, "--epochs", 10**6, **second)
     left = folder.fork(SCRIPT, *SMALL, **first)
-    deadline = time.monotonic() + 60
-    while len(cell_runs(folder)) < CELLS:  # one for each cell, the endless one among them
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: len(cell_runs(folder)) == CELLS)  # the endless one among them
     assert len(finished(folder)) < CELLS
     lost.kill()
     result = finish(left)
