@@ -472,6 +472,7 @@ def check_a_rank(rank: int, store: str) -> None:
         # Or nothing was tested: both directions, and ranks on both sides of the level.
         assert set(directions) == {True, False}
         assert set(own_directions) == {rank == 1}
+        del parallel  # were it the last to hold the process group, its end could wait for ever
     finally:
         torch.distributed.destroy_process_group()
 
