@@ -116,11 +116,11 @@ def add_output_dir(parser: argparse._ActionsContainer) -> None:
 
 
 def fill_defaults(arguments: argparse.Namespace) -> None:
-    """Set what follows from other flags: learning rate and momentum from the optimizer.
+    """Check the shared flags, and set what follows from others: learning rate and momentum.
 
     Raises:
-        SettingError: a momentum is given for Adam, the seed is out of range, or the output
-            folder cannot be written to.
+        SettingError: a momentum is given for Adam, the seed or the number of trials is out of
+            range, or the output folder cannot be written to.
     """
     sgd = arguments.optimizer == "sgd"
     given = vars(arguments)
@@ -129,8 +129,6 @@ def fill_defaults(arguments: argparse.Namespace) -> None:
     check(arguments.trials >= 1, "trials", arguments.trials, "at least 1")
     given.setdefault("learning_rate", LEARNING_RATES[arguments.optimizer])
     given.setdefault("momentum", SGD_MOMENTUM if sgd else 0.0)
-    for split in ("train", "val", "test"):
-        given.setdefault(f"{split}_samples", None)
     check_output_dir(arguments.output_dir)
 
 

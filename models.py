@@ -23,12 +23,7 @@ class MLP(nn.Module):
     `generator`. Maps inputs [n, input_dim] to logits [n, 2].
     """
 
-    def __init__(
-        self,
-        input_dim: int,
-        settings: ModelSettings,
-        generator: torch.Generator,
-    ) -> None:
+    def __init__(self, input_dim: int, settings: ModelSettings, generator: torch.Generator) -> None:
         super().__init__()
         widths = [input_dim] + [settings.hidden_units] * settings.hidden_layers
         self.linears = nn.ModuleList(
@@ -113,30 +108,22 @@ class StackedMLP:
         layers = len(self.network.linears)
         matrices = []
         for layer in range(layers):
-            weight = self.parameters[f"linears.{layer}.weight"]
-            bias = self.parameters.get(f"linears.{layer}.bias")
-            if layer < layers - 1 and self.network.norms:
-                norm = {
-                    name: values[f"norms.{layer}.{name}"].unsqueeze(1)  # [K, 1, units]
-                    for values, names in (
-                        (self.parameters, ("weight", "bias")),
-                        (self.buffers, ("running_mean", "running_var")),
-                    )
-                    for name in names
-                }
-                epsilon = self.network.norms[layer].eps
-                scale = norm["weight"] * (norm["running_var"] + epsilon).rsqrt()
-                weight = weight * scale
-                bias = norm["bias"] - norm["running_mean"] * scale
-            else:
-                bias = bias.unsqueeze(1)
-            copies, inputs, outputs = weight.shape
             hidden_output = layer < layers - 1
+            weight = self.parameters[f"linears.{layer}.weight"]
+            if hidden_output and self.network.norms:
+                norm, epsilon = f"norms.{layer}.", self.network.norms[layer].eps
+                inverse_deviation = (self.buffers[norm + "running_var"] + epsilon).rsqrt()
+                scale = self.parameters[norm + "weight"] * inverse_deviation  # [K, units]
+                weight = weight * scale.unsqueeze(1)
+                bias = self.parameters[norm + "bias"] - self.buffers[norm + "running_mean"] * scale
+            else:
+                bias = self.parameters[f"linears.{layer}.bias"]
+            copies, inputs, outputs = weight.shape
             rows = inputs + 1 if layer == 0 else _padded(inputs)
             columns = _padded(outputs) if hidden_output else outputs
             matrix = weight.new_zeros(copies, rows, columns)
             matrix[:, :inputs, :outputs] = weight
-            matrix[:, inputs : inputs + 1, :outputs] = bias
+            matrix[:, inputs, :outputs] = bias
             if hidden_output:
                 matrix[:, inputs, outputs] = 1  # the constant unit, kept alive
             matrices.append(matrix)

@@ -1,14 +1,16 @@
-"""Draw what flooding does: curves and decision boundaries without flooding and with it.
+"""Draw what flooding does: a demo's curves and decision boundaries, the paper's table.
 
 `python plot.py --run-id ID` draws the pictures of a demo again from what MLflow has.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -19,12 +21,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from datasets import true_boundary
-from results import choose_flood_levels, compare
-from train import Boundary
+from results import choose_flood_levels
+from settings import STOPPINGS
+
+if TYPE_CHECKING:
+    from train import Boundary
 
 WITHOUT_COLOR = "#D55E00"  # vermillion and blue of the Okabe-Ito colour-blind-safe palette
 WITH_COLOR = "#0072B2"
-STOPPING_COLORS = {"last epoch": "#0072B2", "early": "#E69F00"}  # blue and orange
+STOPPING_COLORS = dict(zip(STOPPINGS, ("#0072B2", "#E69F00")))  # blue and orange
 NEUTRAL_COLOR = "#555555"
 OTHER_COLOR = "#999999"  # of flood levels that no picture shows
 TRAIN_STYLE = (0, (4, 2))  # dashed
@@ -144,20 +149,14 @@ def _draw_curves(
         for split, labels, style in (("train", "noisy", TRAIN_STYLE), ("test", "clean", "solid")):
             curve = trials[f"{split}_{score}_{labels}"].agg(["mean", "std"])
             mean, deviation = curve["mean"], curve["std"].fillna(0)
-            axes.plot(
-                mean.index,
-                mean,
-                color=color,
-                linestyle=style,
-                linewidth=1.8,
-                label=f"{split}, {side}",
-            )
+            name = f"{split}, {side}"
+            axes.plot(mean.index, mean, color=color, linestyle=style, linewidth=1.8, label=name)
             bands.append(pd.DataFrame({"low": mean - deviation, "high": mean + deviation}))
             if deviation.any():
                 axes.fill_between(
                     mean.index, *bands[-1].to_numpy().T, color=color, alpha=0.15, linewidth=0
                 )
-            ends.append((mean.iloc[-1], f"{number(mean.iloc[-1])}  {split}, {side}", color))
+            ends.append((mean.iloc[-1], f"{number(mean.iloc[-1])}  {name}", color))
     if score == "loss" and compared:
         axes.axhline(compared, color=NEUTRAL_COLOR, linestyle=":", linewidth=1.4, zorder=1)
         ends.append((compared, f"flood level b = {compared:g}", NEUTRAL_COLOR))
@@ -282,12 +281,13 @@ def _draw_boundary(boundary: Boundary, compared: float, parameters: Mapping[str,
     return figure
 
 
-def draw_table(cells: pd.DataFrame) -> Figure:
+def draw_table(cells: pd.DataFrame, table: pd.DataFrame) -> Figure:
     """Return a panel a setting: noisy-label test accuracy against the flood level, by stopping.
 
-    `cells` are the table's raw figures, see `results.read_cells`.
+    `cells` are the raw figures, see `results.read_cells`, and `table` is what `results.compare`
+    makes of them.
     """
-    table = compare(cells).query("labels == 'noisy'")
+    table = table.query("labels == 'noisy'")
     datasets, noises = table.dataset.unique(), sorted(table.label_noise.unique())
     size = max(8, 1 + 3.6 * len(noises)), 1.5 + 2.7 * len(datasets)
     figure = Figure(figsize=size, layout="constrained")
@@ -345,19 +345,23 @@ def _draw_levels(axes: Axes, cells: pd.DataFrame, table: pd.DataFrame) -> None:
 
 def main() -> None:
     from arguments import Parser, add_output_dir, check_output_dir
-    from tracking import TrackingError, load_demo
 
     parser = Parser("Draw the pictures of a demo again from what MLflow has.")
-    parser.add_argument("--run-id", required=True, metavar="ID", help="a run of the demo in MLflow")
+    parser.add_argument(
+        "--run-id", required=True, metavar="ID", default=argparse.SUPPRESS,
+        help="a run of the demo in MLflow",
+    )  # fmt: skip
     add_output_dir(parser)
     arguments = parser.parse_args()
     with parser.setting_errors():
         check_output_dir(arguments.output_dir)
+
+    from tracking import TrackingError, load_demo
+
     try:
-        history, parameters, arrays = load_demo(arguments.run_id)
+        history, parameters, boundary = load_demo(arguments.run_id)
     except TrackingError as error:
         parser.error(f"--run-id {arguments.run_id}: {error}")
-    boundary = Boundary(**arrays) if arrays else None
     for path in save(draw_demo(history, parameters, boundary), arguments.output_dir):
         print(path)
 

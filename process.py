@@ -19,7 +19,7 @@ from settings import check
 LOST_SECONDS = 60.0  # after which a process that shows no life is taken to be lost
 
 
-def prepare_process(device: str = "cpu", threads: int | None = None) -> torch.device:
+def prepare_process(device: str) -> torch.device:
     """Set up this process for fast training; for a script to call once, before any tensor.
 
     Flushes denormal numbers to zero: the gradients of a model that reaches zero training loss
@@ -30,7 +30,6 @@ def prepare_process(device: str = "cpu", threads: int | None = None) -> torch.de
     Args:
         device: "auto", a GPU where there is one, "cpu" or "cuda"; under torchrun each process
             of a machine takes a GPU of its own.
-        threads: for PyTorch's operators; None leaves its default, the number of cores.
 
     Raises:
         SettingError: the device is not there.
@@ -42,8 +41,6 @@ def prepare_process(device: str = "cpu", threads: int | None = None) -> torch.de
         m_trim_threshold, m_mmap_max = -1, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
-    if threads is not None:
-        torch.set_num_threads(threads)
     if device == "cpu" or not on_gpu:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

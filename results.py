@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from datasets import bayes_accuracy
-from settings import SCORES, STOPPINGS, DataSettings
+from settings import SCORES, SPLITS, STOPPINGS, DataSettings
 
 SETTING = ["dataset", "label_noise", "stopping"]  # a row of the paper's sub-tables A and B
 SIGNIFICANCE = 0.05  # of the adjusted p-value that sets a score in bold
@@ -41,15 +41,14 @@ def summarize(history: pd.DataFrame, labels: str) -> str:
     chosen = choose_flood_levels(last, labels, ["seed"]).flood_level.value_counts()
     of_trials = f", mean ± standard deviation of {trials} trials" if trials > 1 else ""
     width = 8 if trials == 1 else 13
-    names = ("train", "val", "test")
     lines = [
         f"Last epoch, clean labels, accuracies in %{of_trials}:",
         "",
-        f"flood level{''.join(f'{name:>{width}}' for name in names)}{'test loss':>{width + 4}}",
+        f"flood level{''.join(f'{name:>{width}}' for name in SPLITS)}{'test loss':>{width + 4}}",
     ]
     for level, rows in last.groupby("flood_level"):
         line = f"{f'{level:g}' if level else 'no flooding':11}"
-        for name in (*(f"{name}_accuracy_clean" for name in names), "test_loss_clean"):
+        for name in (*(f"{name}_accuracy_clean" for name in SPLITS), "test_loss_clean"):
             digits, scale = (3, 1) if "loss" in name else (1, 100)
             text = f"{scale * rows[name].mean():.{digits}f}"
             if trials > 1:
@@ -186,7 +185,7 @@ def read_cells(
         CellsError: a file is not there, lacks a column or a figure, was trained with other
             settings or flood levels, or there is a cell twice.
     """
-    scores = [f"{split}_{score}" for split in ("val", "test") for score in SCORES]
+    scores = [f"{split}_{score}" for split in SPLITS[1:] for score in SCORES]
     grid = sorted((stopping, level) for stopping in STOPPINGS for level in flood_levels)
     seen = {}
     for path in paths:

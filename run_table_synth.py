@@ -13,7 +13,7 @@ import functools
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from settings import (
     FIGURES_VERSION,
     DataSettings,
     ModelSettings,
+    SettingError,
     TrainSettings,
     check,
 )
@@ -41,8 +42,7 @@ PAPER_DATASETS = ("gaussian", "sinusoid2d", "spiral")
 PAPER_LABEL_NOISE = (0.01, 0.05, 0.1)
 PAPER_GRID = {"trials": 10, "flood_step": 0.01}
 QUICK_GRID = {"trials": 2, "flood_step": 0.1}
-IDENTITY = ("dataset", "label_noise", "spiral_noise", "train_samples", "val_samples",
-            "test_samples", "seed")  # fmt: skip
+IDENTITY = (*(field.name for field in fields(DataSettings)), "seed")  # of a cell
 PATIENCE_SECONDS = 300.0  # how long a store may be away before the table gives up
 
 
@@ -137,21 +137,13 @@ def main() -> None:
     import torch
 
     import plot
+    import tracking
     from datasets import make_dataset
     from models import MLP
     from process import Ranks, exit_on_signals, prepare_process
     from progress import progress_bar
     from results import CellsError, read_cells
     from store import Store, TrackingError
-    from tracking import (
-        MEANS,
-        TABLE_DESCRIPTION,
-        TABLE_EXPERIMENT,
-        TableLog,
-        dataset_inputs,
-        experiment_tags,
-        how_to_look,
-    )
     from train import DivergenceError, count_epochs, train_with_early_stopping
 
     exit_on_signals()
@@ -162,11 +154,11 @@ def main() -> None:
             Cell(DataSettings(*identity[:-1]), identity[-1]): rows
             for identity, rows in read_cells(arguments.cells, IDENTITY, shared, levels)
         }
-        tags = experiment_tags(TABLE_DESCRIPTION, group_by="setting")
-        store = Store(TABLE_EXPERIMENT, tags, PATIENCE_SECONDS)
-        log = TableLog(store, levels, device)
+        tags = tracking.experiment_tags(tracking.TABLE_DESCRIPTION, group_by="setting")
+        store = Store(tracking.TABLE_EXPERIMENT, tags, PATIENCE_SECONDS)
+        log = tracking.TableLog(store, levels, device)
         done = {cell for cell in cells if cell in given or log.finished(cell.parameters(shared))}
-    except CellsError as error:
+    except (CellsError, SettingError) as error:
         parser.error(f"--cells {error}")
     except TrackingError as error:
         parser.error(str(error))
@@ -191,7 +183,8 @@ def main() -> None:
                     continue
                 bar.set_description_str(f"{cell.name}: ", refresh=False)
                 data = make_dataset(cell.data, cell.seed)
-                run = log.start(cell.name, parameters, dataset_inputs(cell.data, cell.seed, data))
+                datasets = tracking.dataset_inputs(cell.data, cell.seed, data)
+                run = log.start(cell.name, parameters, datasets)
                 rows = given.get(cell)
                 if rows is None:
                     generator = torch.Generator().manual_seed(cell.seed)
@@ -216,7 +209,7 @@ def main() -> None:
             print(f"cells that MLflow has not got, for --cells: {path}", file=sys.stderr)
 
     print("Saved:", *paths)
-    for line in how_to_look(store, f"viewStateShareKey={MEANS}"):
+    for line in tracking.how_to_look(store, f"viewStateShareKey={tracking.MEANS}"):
         print(line)
 
 
@@ -234,7 +227,7 @@ def save_table(cells: pd.DataFrame, directory: Path) -> list[Path]:
     for frame, path in zip((table, cells), paths[1:]):
         with plot.in_place(path) as temporary:
             frame.to_csv(temporary, index=False)
-    return [*paths, *plot.save({"table_synth.png": plot.draw_table(cells)}, directory)]
+    return [*paths, *plot.save({"table_synth.png": plot.draw_table(cells, table)}, directory)]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ DEFAULT_SAMPLES = {
     "spiral": (200, 200, 20_000),
 }
 
+SPLITS = ("train", "val", "test")
 # What a network is scored by, against the noisy and the clean labels of a split, and when.
 SCORES = ("loss_noisy", "accuracy_noisy", "loss_clean", "accuracy_clean")
 STOPPINGS = ("last epoch", "early")  # the epoch of best noisy validation accuracy
@@ -40,9 +41,9 @@ def check(fits: bool, name: str, value: object, allowed: str) -> None:
         raise SettingError(name, value, allowed)
 
 
-def check_flood_level(level: float, name: str = "flood_levels") -> None:
+def check_flood_level(level: float) -> None:
     """Raise SettingError unless the flood level is a finite number of nats >= 0."""
-    check(0 <= level < math.inf, name, level, "finite numbers of nats >= 0")
+    check(0 <= level < math.inf, "flood_levels", level, "finite numbers of nats >= 0")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class DataSettings:
         check(0 <= self.label_noise < 1, "label_noise", self.label_noise, "a fraction in [0, 1)")
         fits = 0 <= self.spiral_noise < math.inf
         check(fits, "spiral_noise", self.spiral_noise, "a finite number >= 0")
-        for split, default in zip(("train", "val", "test"), DEFAULT_SAMPLES[self.dataset]):
+        for split, default in zip(SPLITS, DEFAULT_SAMPLES[self.dataset]):
             name = f"{split}_samples"
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import logging
 import os
@@ -63,8 +62,8 @@ def without_password(text: str) -> str:
     return re.sub(r"(?i)([?&;](?:password|passwd|pwd|token)=)[^\s&;]*", r"\1***", text)
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of an error, fit to be shown."""
+def reason(error: BaseException) -> str:
+    """Return the first line of an error, fit to be shown."""
     lines = str(error).strip().splitlines() or [repr(error)]
     return without_password(lines[0])
 
@@ -95,14 +94,11 @@ class Store:
     """
 
     def __init__(
-        self,
-        experiment: str,
-        tags: Callable[[str], Mapping[str, str]],
-        patience: float,
+        self, experiment: str, tags: Callable[[str], Mapping[str, str]], patience: float
     ) -> None:
         uri = tracking_uri()
         try:
-            with _set_up_alone(uri):
+            with _set_up_alone():
                 self.client = mlflow.MlflowClient(uri)
                 self.experiment_id = self._experiment_id(experiment)
                 for tag, value in tags(self.experiment_id).items():
@@ -110,7 +106,7 @@ class Store:
         # SQLAlchemy, the HTTP client and the file system have errors of their own.
         except Exception as error:
             shown = without_password(uri)
-            raise TrackingError(f"MLFLOW_TRACKING_URI {shown}: {_reason(error)}") from error
+            raise TrackingError(f"MLFLOW_TRACKING_URI {shown}: {reason(error)}") from error
         self._patience = patience
         self._queue: deque[Callable[[], object]] = deque()
         self._error: BaseException | None = None  # of the last try
@@ -181,10 +177,10 @@ class Store:
             TrackingError: it has not for `patience` seconds; says how much it lacks, and why.
         """
         if self._is_away(self._patience):
-            reason = _reason(self._error) if self._error else "no answer"
+            why = reason(self._error) if self._error else "no answer"
             raise TrackingError(
                 f"MLFLOW_TRACKING_URI {without_password(tracking_uri())}: the last "
-                f"{len(self._queue)} entries of the log are missing there: {reason}"
+                f"{len(self._queue)} entries of the log are missing there: {why}"
             )
 
     def _is_away(self, after: float) -> bool:
@@ -266,10 +262,6 @@ class Store:
             lambda: self.client.log_batch(run.id, tags=[RunTag(*item) for item in tags.items()])
         )
 
-    def rename(self, run: Run, name: str) -> None:
-        """Give a run another name."""
-        self.write(lambda: self.client.update_run(run.id, name=name))
-
     def log_file(self, run: Run, path: Path) -> None:
         """Keep a file with a run; it is read at once, and may change afterwards."""
         name, content = path.name, path.read_bytes()
@@ -305,21 +297,20 @@ def reading_client() -> mlflow.MlflowClient:
         TrackingError: there is no such SQLite file.
     """
     uri = tracking_uri()
-    path = uri.removeprefix("sqlite:///")
-    if path != uri and not Path(path).exists():
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    if uri.startswith("sqlite:///") and not Path(path).exists():
         raise TrackingError(f"there is no {uri}")
     return mlflow.MlflowClient(uri)
 
 
 @contextlib.contextmanager
-def _set_up_alone(uri: str) -> Iterator[None]:
+def _set_up_alone() -> Iterator[None]:
     """Keep two processes from setting up one new SQLite store at once, which MLflow cannot."""
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
-    key = hashlib.sha256(f"{os.getuid()} {Path.cwd()} {uri}".encode()).hexdigest()[:16]
-    with (Path(tempfile.gettempdir()) / f"flooding-{key}.lock").open("w") as lock:
+    with (Path(tempfile.gettempdir()) / f"flooding-{os.getuid()}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

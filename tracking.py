@@ -28,9 +28,9 @@ import torch
 from mlflow.entities import DatasetInput, InputTag
 
 from datasets import Dataset
-from settings import DataSettings
-from store import Run, Store, TrackingError, reading_client, tracking_uri, without_password
-from train import METRICS, SPLITS, Boundary, Evaluation
+from settings import SPLITS, DataSettings
+from store import Run, Store, TrackingError, reading_client, reason, tracking_uri
+from train import METRICS, Boundary, Evaluation
 
 DEMO_EXPERIMENT, TABLE_EXPERIMENT = "flooding-synth", "flooding-table"
 # The first line is what the folded description shows. The UI opens at its page for language
@@ -99,7 +99,7 @@ def how_to_look(store: Store, more: str) -> list[str]:
     """
     uri = tracking_uri()
     if uri.startswith("http"):
-        shown = re.sub("//[^/@]*@", "//", uri).rstrip("/")
+        shown = re.sub(r"//\S*@", "//", uri).rstrip("/")
         return [f"Charts: {shown}/{_page(store.experiment_id, more)}"]
     if uri.startswith("sqlite:///"):
         path = Path(uri.removeprefix("sqlite:///")).absolute()
@@ -216,9 +216,9 @@ class DemoLog:
                     "mlflow.note.content": f"{DEMO_NOTE}\n```\n{summary}\n```\n",
                     "chosen": "yes" if level == chosen else "no",
                 }
-                self._store.set_tags(run, tags)
                 if level == chosen:
-                    self._store.rename(run, f"{_level_name(level)} (chosen)")
+                    tags["mlflow.runName"] = f"{_level_name(level)} (chosen)"
+                self._store.set_tags(run, tags)
         for run in self._runs[0].values():
             for path in pictures:
                 self._store.log_file(run, path)
@@ -243,16 +243,17 @@ class DemoLog:
 
 def load_demo(
     run_id: str,
-) -> tuple[pd.DataFrame, dict[str, str], dict[str, np.ndarray] | None]:
+) -> tuple[pd.DataFrame, dict[str, str], Boundary | None]:
     """Read a demo back: its history, its parameters and what its boundary is drawn from.
 
-    `run_id` is any of the demo's runs. The history has a row a `seed`, `flood_level` and `epoch`.
+    `run_id` is any of the demo's runs. The history has a row a `seed`, `flood_level` and `epoch`;
+    of a demo that was stopped it has the epochs that all of its models were evaluated in.
 
     Raises:
-        TrackingError: there is no such run, or it is no whole demo.
+        TrackingError: there is no such run, or it is no demo with an evaluation of all models.
     """
-    client = reading_client()
     try:
+        client = reading_client()
         run = client.get_run(run_id)
         demo = run.data.tags.get("demo")
         if demo is None:
@@ -262,7 +263,7 @@ def load_demo(
         runs = client.search_runs(
             [run.info.experiment_id], f"tags.demo = '{demo}'", max_results=50_000
         )
-        history, arrays = [], None
+        history, boundary = [], None
         for run in runs:
             curves = {
                 name: {
@@ -279,9 +280,11 @@ def load_demo(
             if any(file.path == BOUNDARY_FILE for file in client.list_artifacts(run.info.run_id)):
                 with tempfile.TemporaryDirectory() as folder:
                     path = client.download_artifacts(run.info.run_id, BOUNDARY_FILE, folder)
-                    arrays = dict(np.load(path))
-    except mlflow.MlflowException as error:
-        raise TrackingError(f"no such run in {without_password(tracking_uri())}") from error
+                    boundary = Boundary(**np.load(path))
+    except TrackingError:
+        raise
+    except Exception as error:  # of whatever the store is made of
+        raise TrackingError(f"it cannot be read: {reason(error)}") from error
     history = pd.concat(history).sort_values(["seed", "flood_level", "epoch"])
     # A demo that was stopped has not got equally far with all its levels.
     models = history.groupby(["seed", "flood_level"]).ngroups
@@ -289,7 +292,7 @@ def load_demo(
     if models < len(runs) or history.empty:
         raise TrackingError("a demo that was stopped before its first evaluation")
     first = min(int(run.data.params["seed"]) for run in runs)
-    return history, {**parameters, "seed": str(first)}, arrays
+    return history, {**parameters, "seed": str(first)}, boundary
 
 
 class TableLog:
@@ -361,8 +364,10 @@ class TableLog:
                 with tempfile.TemporaryDirectory() as folder:
                     path = self._store.client.download_artifacts(run_id, CELL_FILE, folder)
                     loaded.append(pd.read_csv(path, engine="pyarrow"))
-        except (mlflow.MlflowException, KeyError) as error:
-            raise TrackingError(f"the cells cannot be read back: {error}") from error
+        except KeyError as error:
+            raise TrackingError(f"the store has lost a cell: {parameters}") from error
+        except Exception as error:  # of whatever the store is made of
+            raise TrackingError(f"the cells cannot be read back: {reason(error)}") from error
         return pd.concat(loaded, ignore_index=True)
 
     def table(self, name: str, paths: Sequence[Path]) -> None:

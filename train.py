@@ -14,7 +14,7 @@ from torch import Tensor
 from datasets import Dataset, Split
 from flooding import flood
 from models import MLP, StackedMLP, folded_logits, with_constant
-from settings import SCORES, STOPPINGS, TrainSettings, check_flood_level
+from settings import SCORES, SPLITS, STOPPINGS, TrainSettings, check_flood_level
 
 # What benchmarks/bench_train.py found fastest on CPUs; the values for GPUs are not measured.
 # Examples times models that go through the evaluation at a time: the activations should stay in
@@ -22,7 +22,6 @@ from settings import SCORES, STOPPINGS, TrainSettings, check_flood_level
 EVALUATION_ROWS = {"cpu": 2_000, "cuda": 200_000}
 MODELS_AT_ONCE = {"cpu": 26, "cuda": 204}
 
-SPLITS = ("train", "val", "test")
 METRICS = (*(f"{split}_{score}" for split in SPLITS for score in SCORES), "train_flooded_fraction")
 GRID = 201  # points along a side of the plane that a boundary is drawn on
 LAST_EPOCH, EARLY = STOPPINGS
@@ -180,13 +179,20 @@ class EvaluationSplit:
 
 
 def _fetch(
-    metrics: dict[str, Tensor], epoch: int, flood_levels: Sequence[float], settings: TrainSettings
+    metrics: dict[str, Tensor],
+    epochs: int | np.ndarray,
+    flood_levels: Sequence[float],
+    settings: TrainSettings,
 ) -> dict[str, np.ndarray]:
-    """Bring an epoch's metrics from the device, at one go, and check that all losses are finite."""
+    """Bring metrics from the device, at one go, and check that all of them are finite.
+
+    `epochs` says after which epoch they were measured, of all models or of each, [K].
+    """
     values = torch.stack([value.double() for value in metrics.values()]).cpu().numpy()
     metrics = dict(zip(metrics, values))
     for name, of_models in metrics.items():
         for model in np.flatnonzero(~np.isfinite(of_models)):
+            epoch = np.broadcast_to(epochs, len(of_models))[model]
             raise DivergenceError(
                 f"flood level {flood_levels[model]:g}: {name} is {of_models[model]} in epoch "
                 f"{epoch}, with learning rate {settings.learning_rate:g}"
@@ -233,7 +239,7 @@ def train_with_early_stopping(
                 (EARLY, best_epoch, best_folded),
             ):
                 scores = {k: v for split in splits for k, v in split.scores(folded).items()}
-                scores = _fetch(scores, now.epoch, levels, settings)
+                scores = _fetch(scores, epochs, levels, settings)
                 columns = {"stopping": stopping, "flood_level": levels, "epoch": epochs, **scores}
                 rows[stopping].append(pd.DataFrame(columns))
     return pd.concat([*rows[LAST_EPOCH], *rows[EARLY]], ignore_index=True)

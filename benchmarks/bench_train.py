@@ -9,7 +9,6 @@ takes when nothing runs beside it, which is the most that it can add.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import math
@@ -30,11 +29,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from arguments import Parser
 from datasets import Dataset, Split, make_dataset
 from models import MLP, StackedMLP
 from process import prepare_process
-from settings import DataSettings, ModelSettings, TrainSettings
-from train import METRICS, SPLITS, Evaluation, EvaluationSplit, _fetch, _train_epochs
+from settings import SPLITS, DataSettings, ModelSettings, TrainSettings
+from train import METRICS, Evaluation, _train_epochs, train
 
 DEMO_MODEL = ModelSettings(hidden_layers=4, hidden_units=500, batch_norm=True)
 DEMO_TRAINING = TrainSettings("sgd", 0.01, batch_size=200, epochs=10**6, momentum=0.9)
@@ -85,21 +85,10 @@ def limit_cases(device: torch.device) -> list[Case]:
 
 def demo_case(data: Dataset, device: torch.device) -> Case:
     generator = torch.Generator().manual_seed(0)
-    stack = StackedMLP(MLP(2, DEMO_MODEL, generator), len(DEMO_LEVELS), device)
-    splits = [EvaluationSplit(name, getattr(data, name), device) for name in SPLITS]
-    levels = torch.tensor(DEMO_LEVELS, device=device)
-    epochs = _train_epochs(stack, data.train, levels, DEMO_TRAINING, generator)
+    network = MLP(2, DEMO_MODEL, generator)
+    epochs = train(network, data, DEMO_LEVELS, DEMO_TRAINING, device, generator)
     next(epochs)
-
-    def epoch() -> None:
-        _, batch_losses, flooded = next(epochs)
-        folded = stack.fold()
-        metrics = {"mini-batch loss": batch_losses, "flooded": flooded}
-        for split in splits:
-            metrics |= split.scores(folded)
-        _fetch(metrics, 1, DEMO_LEVELS, DEMO_TRAINING)
-
-    return Case("(b) demo, one epoch", epoch, demo_operations(data))
+    return Case("(b) demo, one epoch", lambda: next(epochs), demo_operations(data))
 
 
 def demo_operations(data: Dataset) -> float:
@@ -186,7 +175,8 @@ def log_case(data: Dataset, device: torch.device) -> Case:
 
 def work_for(connection, models: int) -> None:
     """A process of (d): time as many steps as it is told, when it is told."""
-    prepare_process(threads=1)
+    prepare_process("cpu")
+    torch.set_num_threads(1)
     case = step_case(models, torch.device("cpu"), "")
     case.call()
     connection.send(None)
@@ -238,13 +228,14 @@ def timed(call: Callable[[], object], device: torch.device, repeats: int) -> flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = Parser(" ".join(__doc__.split("\n\n")[0].split()))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to time")
     parser.add_argument("--rounds", type=int, default=5, help="rounds to take medians over")
     arguments = parser.parse_args()
     from tqdm import tqdm
 
-    device = prepare_process(arguments.device)
+    with parser.setting_errors():
+        device = prepare_process(arguments.device)
     cores = torch.get_num_threads()
     if device.type == "cpu":
         memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -120,28 +120,22 @@ class Folder:
 
     def run(self, script: str, *flags: object) -> Result:
         """Run a script's `main` in this process: where the process is not the point."""
-        before = os.getcwd(), sys.argv, os.environ.get("MLFLOW_TRACKING_URI")
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         output, errors, status = io.StringIO(), io.StringIO(), 0
-        os.chdir(self.path)
-        sys.argv = [str(PROJECT / script), *map(str, flags)]
-        os.environ["MLFLOW_TRACKING_URI"] = self.uri
-        try:
-            with redirect_stdout(output), redirect_stderr(errors):
-                importlib.import_module(script.removesuffix(".py")).main()
-        except SystemExit as leaving:
-            status = leaving.code if isinstance(leaving.code, int) else 1
-            if isinstance(leaving.code, str):
-                errors.write(leaving.code + "\n")
-        finally:
-            os.chdir(before[0])
-            sys.argv = before[1]
-            if before[2] is None:
-                del os.environ["MLFLOW_TRACKING_URI"]
-            else:
-                os.environ["MLFLOW_TRACKING_URI"] = before[2]
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.path)
+            patch.setattr(sys, "argv", [str(PROJECT / script), *map(str, flags)])
+            patch.setenv("MLFLOW_TRACKING_URI", self.uri)
+            try:
+                with redirect_stdout(output), redirect_stderr(errors):
+                    importlib.import_module(script.removesuffix(".py")).main()
+            except SystemExit as leaving:
+                status = leaving.code if isinstance(leaving.code, int) else 1
+                if isinstance(leaving.code, str):
+                    errors.write(leaving.code + "\n")
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
         return Result(status, output.getvalue(), errors.getvalue())
 
     def spawn(self, *command: object, **environment: str) -> subprocess.Popen:

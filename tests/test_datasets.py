@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from datasets import bayes_accuracy, flip_labels, make_dataset, true_boundary
-from settings import DEFAULT_SAMPLES, DataSettings, SettingError
-
-SPLITS = ("train", "val", "test")
+from settings import DEFAULT_SAMPLES, FIGURES_VERSION, SPLITS, DataSettings, SettingError
 
 
 def settings(dataset, label_noise=0.1, **changes):
@@ -27,6 +25,24 @@ def test_shapes_types_and_exact_count_of_flipped_labels(dataset, label_noise):
         assert split.labels.dtype == split.clean_labels.dtype == np.int64
         assert set(np.unique(split.labels)) == {0, 1}
         assert (split.labels != split.clean_labels).sum() == int(label_noise * samples)
+
+
+def test_the_data_are_those_of_the_figures():
+    """What other data would change: then FIGURES_VERSION goes up, and these with it."""
+    assert FIGURES_VERSION == 1
+    flipped = {
+        "sinusoid2d": ([16, 54, 65, 75, 94], [14, 37, 51, 71, 82]),
+        "spiral": (
+            [12, 40, 69, 110, 147, 178, 182, 185, 189, 197],
+            [44, 92, 97, 112, 130, 132, 140, 153, 169, 188],
+        ),
+    }
+    for dataset, expected in flipped.items():
+        data = make_dataset(settings(dataset, 0.05), seed=0)
+        for split, positions in zip((data.train, data.val), expected):
+            assert list(np.flatnonzero(split.labels != split.clean_labels)) == positions
+    first = make_dataset(settings("gaussian"), seed=0).train.inputs[0, :3]
+    np.testing.assert_allclose(first, [0.7859, -0.9200, 1.4716], atol=1e-4)
 
 
 def test_authors_sizes():

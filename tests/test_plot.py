@@ -15,6 +15,7 @@ from matplotlib.text import Text
 import plot
 from datasets import make_dataset
 from plot import STOPPING_COLORS, WITH_COLOR, WITHOUT_COLOR, draw_demo, draw_table
+from results import compare
 from settings import SCORES, STOPPINGS, DataSettings, ModelSettings, TrainSettings
 from train import METRICS, Boundary
 
@@ -239,7 +240,7 @@ def made_cells():
 
 def test_the_tables_picture():
     cells = made_cells()
-    figure = draw_table(cells)
+    figure = draw_table(cells, compare(cells))
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["sinusoid2d, 10% label noise", "spiral, 10% label noise"]
     for axes in figure.axes:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import signal
 import sqlite3
 import time
+from types import SimpleNamespace
+from unittest.mock import Mock
 
+import mlflow
 import pytest
+import torch
 from conftest import PICTURES, SMALL, finish, one_line, wait_until
 
 from store import Store, TrackingError, without_password
-from tracking import DemoLog, metric_name
+from tracking import DemoLog, TableLog, how_to_look, metric_name
 from train import METRICS
 
 SCRIPT = "run_demo_synth.py"
@@ -184,11 +188,39 @@ def test_a_store_that_is_not_there(empty_folder, script, uri, shown):
     assert result.output == "" and not list(empty_folder.path.iterdir())
 
 
-def test_plotting_from_a_store_that_is_not_there(empty_folder):
-    empty_folder.uri = "http://me:secret@127.0.0.1:9"
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://me:secret@127.0.0.1:9",
+        "postgresql+nothing://me:secret@host/runs",
+        "nothing://me:secret@host",
+        "sqlite:///nothing.db?timeout=9",
+    ],
+)
+def test_plotting_from_a_store_that_is_not_there(empty_folder, uri):
+    empty_folder.uri = uri
     result = empty_folder.run("plot.py", "--run-id", "some")
     assert result.status == 2 and "secret" not in one_line(result.errors)
-    assert "--run-id some" in result.errors
+    assert "--run-id some: " in result.errors and not list(empty_folder.path.iterdir())
+
+
+@pytest.mark.parametrize("password", ["secret", "sec@ret", "sec/ret"])
+def test_the_address_of_the_charts_has_no_password(monkeypatch, password):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{password}@host:5000/path")
+    [shown] = how_to_look(SimpleNamespace(experiment_id="7"), "")
+    assert shown.startswith("Charts: http://host:5000/path/#/experiments/7/runs")
+
+
+def test_a_table_that_cannot_be_read_back_shows_no_password(folder, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", folder.uri)
+    with Store("some", lambda id: {}, patience=30.0) as experiment:
+        log = TableLog(experiment, [0.0], torch.device("cpu"))
+        with pytest.raises(TrackingError, match=r"has lost a cell: {'seed': 3}"):
+            log.load([{"seed": 3}])
+        error = mlflow.MlflowException("API request to http://me:secret@host failed")
+        monkeypatch.setattr(experiment, "search", Mock(side_effect=error))
+        with pytest.raises(TrackingError, match=r"read back: API request to http://me:\*\*\*@host"):
+            log.load([{"seed": 3}])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 import torch
 from conftest import Folder, finish, free_port, one_line, wait_until
-from test_train import plain_loop, plain_scores
 
 import run_table_synth
 from datasets import make_dataset
@@ -29,7 +28,7 @@ SMALL = (
     *("--train-samples", 40, "--val-samples", 30, "--test-samples", 200),
     *("--hidden-layers", 2, "--hidden-units", 16, "--learning-rate", 0.003),
 )
-CELLS = 8
+CELLS, LEVELS = 8, [0.0, 0.3, 0.6]
 CELLS_FILE = "table_synth_cells.csv"
 FILES = ("table_synth.md", "table_synth.csv", CELLS_FILE, "table_synth.png")
 
@@ -73,9 +72,6 @@ def test_defaults_are_the_papers(monkeypatch):
         "quick": False,
         "cells": [],
         "spiral_noise": 0.0,
-        "train_samples": None,
-        "val_samples": None,
-        "test_samples": None,
         "hidden_layers": 5,
         "hidden_units": 500,
         "batch_norm": False,
@@ -133,29 +129,17 @@ def test_runs_in_mlflow(whole):
     assert found == set(FILES)
 
 
-def test_a_cell_equals_a_loop_over_single_models(whole):
-    cells = pd.read_csv(whole.path / CELLS_FILE)
-    cell = cells[(cells.seed == 6) & (cells.dataset == "gaussian")]
-    assert len(cell) == 6
+def test_a_cell_is_a_training_with_early_stopping(whole):
+    cells = pd.read_csv(whole.path / CELLS_FILE, engine="pyarrow")
+    cell = cells[(cells.seed == 6) & (cells.dataset == "gaussian")].reset_index(drop=True)
     sizes = {"train_samples": 40, "val_samples": 30, "test_samples": 200}
     data = make_dataset(DataSettings("gaussian", 0.1, **sizes), seed=6)
     generator = torch.Generator().manual_seed(6)
     network = MLP(10, ModelSettings(2, 16, batch_norm=False), generator)
-    start = generator.get_state()
     settings = TrainSettings("adam", 0.003, batch_size=16, epochs=30)
-    for level, rows in cell.groupby("flood_level"):
-        generator.set_state(start)
-        best_accuracy = -1.0
-        loop = plain_loop(network, data.train, level, settings, generator)
-        for epoch, (model, _) in enumerate(loop, start=1):
-            accuracy = plain_scores(model, data.val, "val")["val_accuracy_noisy"]
-            scores = plain_scores(model, data.val, "val") | plain_scores(model, data.test, "test")
-            if accuracy > best_accuracy:
-                best_accuracy, best_epoch, best = accuracy, epoch, scores
-        for stopping, epoch, expected in (("last epoch", 30, scores), ("early", best_epoch, best)):
-            [row] = rows[rows.stopping == stopping].to_dict("records")
-            assert row["epoch"] == epoch
-            assert {k: row[k] for k in expected} == pytest.approx(expected, abs=1e-3)
+    device = torch.device("cpu")
+    expected = train_with_early_stopping(network, data, LEVELS, settings, device, generator)
+    pd.testing.assert_frame_equal(cell[expected.columns], expected)
 
 
 def test_a_finished_table_is_drawn_again_without_training(whole, monkeypatch):
@@ -188,7 +172,6 @@ def test_cells_from_files_need_no_training(whole, folder, monkeypatch):
     assert_same_files(folder, whole)
     assert len(finished(folder)) == CELLS
     # Half of them in a file: the other half is trained.
-    shutil.copy(whole.path / "mlflow.db", folder.path / "unused.db")
     other = Folder(folder.path / "half")
     other.path.mkdir()
     result = other.run(SCRIPT, *SMALL, "--cells", "../one.csv")
@@ -196,7 +179,7 @@ def test_cells_from_files_need_no_training(whole, folder, monkeypatch):
     assert_same_files(other, whole)
 
 
-def spoiled(cells, path):
+def spoiled(cells):
     """Files that cannot be used, with what is said of them."""
     first = cells.seed == 5
     yield cells.drop(columns="val_loss_noisy"), "has no column val_loss_noisy"
@@ -207,15 +190,16 @@ def spoiled(cells, path):
     yield cells.assign(test_loss_noisy=math.nan), "is cut short, figures are missing"
     yield cells.replace({"flood_level": {0.3: 0.31}}), "other flood levels"
     yield cells.iloc[:0], "is cut short"
+    yield cells.replace({"dataset": {"gaussian": "moons"}}), "dataset 'moons': one of"
 
 
 def test_files_of_cells_that_do_not_fit(whole, folder):
     cells = pd.read_csv(whole.path / CELLS_FILE, engine="pyarrow")
-    for spoiled_cells, said in spoiled(cells, folder.path):
+    for spoiled_cells, said in spoiled(cells):
         spoiled_cells.to_csv(folder.path / "spoiled.csv", index=False)
         result = folder.run(SCRIPT, *SMALL, "--cells", "spoiled.csv")
         line = one_line(result.errors)
-        assert result.status == 2 and "--cells spoiled.csv: " in line and said in line, line
+        assert result.status == 2 and "--cells " in line and said in line, line
     shutil.copy(whole.path / CELLS_FILE, folder.path / "a.csv")
     for files, said in (
         (["a.csv", "a.csv"], "a cell twice, also in a.csv"),
@@ -362,6 +346,8 @@ def test_choice_is_by_accuracy_then_loss_then_the_lower_level():
     assert choose_flood_levels(rows[::-1], "noisy").flood_level.item() == 0.1
     rows.val_accuracy_noisy = 0.9
     assert choose_flood_levels(rows[::-1], "noisy").flood_level.item() == 0
+    clean = rows.assign(val_accuracy_clean=[0.8, 0.7, 0.8], val_loss_clean=[0.2, 0.0, 0.1])
+    assert choose_flood_levels(clean, "clean").flood_level.item() == 0.2
     two = pd.concat([rows, rows.assign(seed=1, val_accuracy_noisy=[0.1, 0.2, 0.3])])
     assert list(choose_flood_levels(two, "noisy", ["seed"]).sort_values("seed").flood_level) == [
         0,

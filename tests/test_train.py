@@ -12,7 +12,7 @@ from torch import nn
 import train as train_module
 from datasets import make_dataset
 from models import MLP, StackedMLP, folded_logits, with_constant
-from settings import DataSettings, ModelSettings, SettingError, TrainSettings
+from settings import SPLITS, DataSettings, ModelSettings, SettingError, TrainSettings
 from train import (
     METRICS,
     DivergenceError,
@@ -80,9 +80,8 @@ def plain_scores(model, split, name):
 
 
 def all_scores(model, data):
-    splits = ("train", "val", "test")
     return {
-        k: v for name in splits for k, v in plain_scores(model, getattr(data, name), name).items()
+        k: v for name in SPLITS for k, v in plain_scores(model, getattr(data, name), name).items()
     }
 
 
@@ -109,6 +108,22 @@ def test_models_at_once_equal_models_one_by_one(optimizer, batch_norm):
             expected = {**all_scores(model, data), "train_flooded_fraction": flooded}
             found = {name: metrics[name][epoch, k] for name in METRICS}
             assert found == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_initial_weights_are_pytorchs(batch_norm):
+    """Uniform in ±1/sqrt(inputs), biases too, as `nn.Linear` draws them."""
+    generator = torch.Generator().manual_seed(0)
+    network = MLP(2, ModelSettings(2, 400, batch_norm), generator)
+    for ours, inputs in zip(network.linears, (2, 400, 400)):
+        theirs = nn.Linear(inputs, ours.out_features)
+        assert (ours.bias is None) == (batch_norm and ours is not network.linears[-1])
+        for parameter, like in zip(ours.parameters(), theirs.parameters()):
+            bound = 1 / inputs**0.5
+            assert parameter.shape == like.shape and parameter.abs().max() <= bound
+            if parameter.numel() > 300:
+                assert parameter.abs().max() > 0.97 * bound
+                assert parameter.std().item() == pytest.approx(like.std().item(), rel=0.15)
 
 
 def test_epoch_0_is_the_untrained_network():
