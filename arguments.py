@@ -56,11 +56,15 @@ def add_shared_flags(parser: Parser, defaults: Mapping[str, object]) -> None:
         "--spiral-noise", type=float, default=0.0, metavar="TAU",
         help="standard deviation of the points around the arms of the spiral",
     )  # fmt: skip
-    for split, size in (("train", "100"), ("val", "100"), ("test", "20 000")):
-        doubled = "" if split == "test" else "; gaussian and spiral 200"
+    double = "; gaussian and spiral 200"
+    for split, name, size in (
+        ("train", "training", f"100{double}"),
+        ("val", "validation", f"100{double}"),
+        ("test", "test", "20 000"),
+    ):
         data.add_argument(
             f"--{split}-samples", type=int, metavar="N", default=argparse.SUPPRESS,
-            help=f"{split} examples in all (default: the authors' {size}{doubled})",
+            help=f"{name} examples in all (default: the authors' {size})",
         )  # fmt: skip
     network = parser.add_argument_group("network")
     network.add_argument(
@@ -84,10 +88,12 @@ def add_shared_flags(parser: Parser, defaults: Mapping[str, object]) -> None:
         help="learning rate (default: 0.01 for sgd, 0.001 for adam)",
     )  # fmt: skip
     training.add_argument(
-        "--momentum", type=float, default=argparse.SUPPRESS,
+        "--momentum", type=float, metavar="M", default=argparse.SUPPRESS,
         help=f"momentum, of sgd only (default: {SGD_MOMENTUM})",
     )  # fmt: skip
-    training.add_argument("--weight-decay", type=float, default=0.0, help="weight decay")
+    training.add_argument(
+        "--weight-decay", type=float, metavar="RATE", default=0.0, help="weight decay"
+    )
     training.add_argument(
         "--batch-size", type=int, metavar="N", default=defaults["batch_size"],
         help="examples of a mini-batch; the last one of an epoch has what is left",
@@ -98,8 +104,9 @@ def add_shared_flags(parser: Parser, defaults: Mapping[str, object]) -> None:
     )  # fmt: skip
     machine = parser.add_argument_group("run")
     machine.add_argument(
-        "--seed", type=int, default=0, help=f"seed of every random draw, from 0 to {MAX_SEED}"
-    )
+        "--seed", type=int, metavar="N", default=0,
+        help=f"seed of every random draw, from 0 to {MAX_SEED}",
+    )  # fmt: skip
     machine.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="device to train on; auto is a GPU where there is one",
@@ -111,7 +118,7 @@ def add_output_dir(parser: argparse._ActionsContainer) -> None:
     """Add the flag of the folder that files are saved in."""
     parser.add_argument(
         "--output-dir", type=Path, default=Path("."), metavar="DIR",
-        help="folder for the files that the script saves",
+        help="folder for the files that the script saves, made if it is not there",
     )  # fmt: skip
 
 

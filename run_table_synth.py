@@ -38,9 +38,12 @@ DEFAULTS = {
     "batch_size": 100,
     "epochs": 500,
 }
-PAPER_DATASETS = ("gaussian", "sinusoid2d", "spiral")
-PAPER_LABEL_NOISE = (0.01, 0.05, 0.1)
-PAPER_GRID = {"trials": 10, "flood_step": 0.01}
+PAPER_GRID = {
+    "dataset": ["gaussian", "sinusoid2d", "spiral"],
+    "label_noise": [0.01, 0.05, 0.1],
+    "trials": 10,
+    "flood_step": 0.01,
+}
 QUICK_GRID = {"trials": 2, "flood_step": 0.1}
 IDENTITY = (*(field.name for field in fields(DataSettings)), "seed")  # of a cell
 PATIENCE_SECONDS = 300.0  # how long a store may be away before the table gives up
@@ -49,12 +52,13 @@ PATIENCE_SECONDS = 300.0  # how long a store may be away before the table gives 
 def parse_arguments() -> tuple[Parser, argparse.Namespace]:
     parser = Parser(" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument(
-        "--dataset", choices=DATASETS, nargs="+", default=list(PAPER_DATASETS), metavar="D",
-        help=f"data sets, of {', '.join(DATASETS)}",
+        "--dataset", choices=DATASETS, nargs="+", default=argparse.SUPPRESS, metavar="D",
+        help=f"data sets, of {', '.join(DATASETS)} (default: gaussian sinusoid2d spiral)",
     )  # fmt: skip
     parser.add_argument(
-        "--label-noise", type=float, nargs="+", default=list(PAPER_LABEL_NOISE),
-        metavar="FRACTION", help="fractions of each split's labels that are flipped, in [0, 1)",
+        "--label-noise", type=float, nargs="+", default=argparse.SUPPRESS, metavar="FRACTION",
+        help="fractions of each split's labels that are flipped, in [0, 1) "
+        "(default: 0.01 0.05 0.1)",
     )  # fmt: skip
     parser.add_argument(
         "--trials", type=int, metavar="N", default=argparse.SUPPRESS,
@@ -74,13 +78,14 @@ def parse_arguments() -> tuple[Parser, argparse.Namespace]:
         f"levels {QUICK_GRID['flood_step']} apart, unless said otherwise",
     )  # fmt: skip
     parser.add_argument(
-        "--cells", type=Path, nargs="+", metavar="FILE", default=[],
+        "--cells", type=Path, nargs="+", metavar="FILE", default=argparse.SUPPRESS,
         help="raw figures (table_synth_cells.csv) of cells that are trained already: they are "
         "logged, not trained again",
     )  # fmt: skip
     add_shared_flags(parser, DEFAULTS)
     arguments = parser.parse_args()
-    for name, value in (QUICK_GRID if arguments.quick else PAPER_GRID).items():
+    grid = {**PAPER_GRID, **(QUICK_GRID if arguments.quick else {})}
+    for name, value in {**grid, "cells": []}.items():
         vars(arguments).setdefault(name, value)
     highest, step = arguments.flood_max, arguments.flood_step
     with parser.setting_errors():

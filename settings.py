@@ -127,6 +127,6 @@ class TrainSettings:
             not (batch_norm and 1 in (train_samples % self.batch_size, self.batch_size)),
             "batch_size",
             self.batch_size,
-            f"with batch norm every mini-batch needs at least 2 examples, and {train_samples} "
-            f"training examples leave one of 1",
+            f"with batch norm every mini-batch needs at least 2 examples, and of {train_samples} "
+            f"one would be alone",
         )

@@ -63,7 +63,12 @@ def without_password(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of an error, fit to be shown."""
+    """Return what an error comes from, or says in its first line, fit to be shown."""
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, OSError) and cause.strerror:  # "Connection refused"
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
     lines = str(error).strip().splitlines() or [repr(error)]
     return without_password(lines[0])
 
