@@ -54,6 +54,7 @@ def test_a_demo_on_a_server(served):
     assert "View run" not in result.output  # MLflow's chatter
     runs = runs_of(served, 10)
     assert len(runs) == 2 and {run.info.status for run in runs} == {"FINISHED"}
+    assert sum(run.info.run_name.endswith(" (chosen)") for run in runs) == 1
     again = served.run("plot.py", "--run-id", runs[0].info.run_id, "--output-dir", "again")
     assert again.status == 0 and again.errors == "", again.errors
     assert {path.name for path in (served.path / "again").iterdir()} == PICTURES
