@@ -1,17 +1,21 @@
 """The four synthetic data sets of the paper's section 4.1 and of the authors' demo.
 
-Labels are classes 0 (negative) and 1 (positive). Label noise flips a fixed number of the labels
-of each split; the clean labels are kept beside the noisy ones.
+Each is said in one place: its entry in DATASETS at the end of this file. Labels are classes 0
+(negative) and 1 (positive). Label noise flips a fixed number of the labels of each split; the
+clean labels are kept beside the noisy ones.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from settings import DataSettings
+if TYPE_CHECKING:
+    from settings import DataSettings
 
 GAUSSIAN_DIMENSIONS = 10
 GAUSSIAN_SHIFT = 1.0  # m: the negative mean is (m, ..., m), the positive mean the origin
@@ -38,6 +42,25 @@ class Dataset:
     test: Split
 
 
+@dataclass(frozen=True)
+class Source:
+    """All that this project knows of a data set.
+
+    Args:
+        samples: the authors' sizes of train, validation and test split, in examples in all.
+        draw: returns n inputs [n, d] and clean labels [n] from (n, spiral_noise, generator).
+        boundary: a score [n] of inputs [n, 2] that is 0 on the true boundary and positive in
+            class 1; None where the inputs are not in the plane.
+        best_accuracy: the best possible accuracy on clean labels, a fraction that may depend on
+            the noise around the spiral's arms; NaN where it is not known.
+    """
+
+    samples: tuple[int, int, int]
+    draw: Callable[[int, float, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+    boundary: Callable[[np.ndarray], np.ndarray] | None = None
+    best_accuracy: Callable[[float], float] = lambda spiral_noise: math.nan
+
+
 def make_dataset(settings: DataSettings, seed: int) -> Dataset:
     """Draw the three splits, each from a child stream of its own made from the seed.
 
@@ -45,26 +68,15 @@ def make_dataset(settings: DataSettings, seed: int) -> Dataset:
     the label noise changes anything else. [released code for the formulas and sizes; the random
     streams are this project's]
     """
-    train, val, test = (
-        _make_split(settings, samples, stream)
-        for samples, stream in zip(
-            (settings.train_samples, settings.val_samples, settings.test_samples),
-            np.random.SeedSequence(seed).spawn(3),
-        )
-    )
-    return Dataset(train, val, test)
+    samples = (settings.train_samples, settings.val_samples, settings.test_samples)
+    streams = np.random.SeedSequence(seed).spawn(3)
+    return Dataset(*(_make_split(settings, *split) for split in zip(samples, streams)))
 
 
 def _make_split(settings: DataSettings, samples: int, stream: np.random.SeedSequence) -> Split:
     generator, noise_generator = (np.random.default_rng(child) for child in stream.spawn(2))
-    if settings.dataset == "sinusoid2d":
-        inputs, labels = _sinusoid2d(samples, generator)
-    elif settings.dataset == "sinusoid":
-        inputs, labels = _sinusoid(samples, generator)
-    elif settings.dataset == "gaussian":
-        inputs, labels = _gaussian(samples, generator)
-    else:
-        inputs, labels = _spiral(samples, settings.spiral_noise, generator)
+    draw = DATASETS[settings.dataset].draw
+    inputs, labels = draw(samples, settings.spiral_noise, generator)
     labels = labels.astype(np.int64)
     noisy = flip_labels(labels, settings.label_noise, noise_generator)
     return Split(inputs.astype(np.float32), noisy, labels)
@@ -80,15 +92,35 @@ def flip_labels(
     return noisy
 
 
-def _sinusoid2d(samples: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def best_possible_accuracy(settings: DataSettings, label_noise: float) -> float:
+    """Return the test accuracy of the best classifier of the clean labels; NaN if not known.
+
+    On labels of which a share rho is flipped it is a (1 - rho) + (1 - a) rho, with a the accuracy
+    on clean ones; rho is the share that `label_noise` flips of the test split.
+    """
+    clean = DATASETS[settings.dataset].best_accuracy(settings.spiral_noise)
+    flipped = int(label_noise * settings.test_samples) / settings.test_samples
+    return clean * (1 - flipped) + (1 - clean) * flipped
+
+
+def _sinusoid2d(
+    samples: int, _spiral_noise: float, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     # Two coordinates of a point on the unit sphere of R^4 are uniform in the unit disc.
     sphere = generator.standard_normal((samples, 4))
     sphere /= np.linalg.norm(sphere, axis=1, keepdims=True)
     inputs = SINUSOID2D_RADIUS * sphere[:, 2:]
-    return inputs, true_boundary("sinusoid2d", inputs) > 0
+    return inputs, _sinusoid2d_boundary(inputs) > 0
 
 
-def _sinusoid(samples: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _sinusoid2d_boundary(inputs: np.ndarray) -> np.ndarray:
+    x1, x2 = inputs.T
+    return SINUSOID2D_FREQUENCY * x1 + np.sin(SINUSOID2D_FREQUENCY * x2)
+
+
+def _sinusoid(
+    samples: int, _spiral_noise: float, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     inputs = 2 * generator.standard_normal((samples, SINUSOID_DIMENSIONS))
     return inputs, inputs[:, 0] + np.sin(inputs[:, 1]) > 0
 
@@ -98,11 +130,19 @@ def _class_sizes(samples: int) -> tuple[int, int]:
     return samples - samples // 2, samples // 2
 
 
-def _gaussian(samples: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _gaussian(
+    samples: int, _spiral_noise: float, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     labels = np.repeat([1, 0], _class_sizes(samples))
     inputs = generator.standard_normal((samples, GAUSSIAN_DIMENSIONS))
     inputs[labels == 0] += GAUSSIAN_SHIFT
     return inputs, labels
+
+
+def _gaussian_best_accuracy(_spiral_noise: float) -> float:
+    """Phi(|mu_N| / 2), the Bayes classifier's."""
+    distance = GAUSSIAN_SHIFT * math.sqrt(GAUSSIAN_DIMENSIONS)
+    return 0.5 * (1 + math.erf(distance / 2 / math.sqrt(2)))
 
 
 def _spiral(
@@ -116,31 +156,23 @@ def _spiral(
     return arms + spiral_noise * generator.standard_normal((samples, 2)), labels
 
 
-def true_boundary(dataset: str, inputs: np.ndarray) -> np.ndarray:
-    """Return a score [n] of inputs [n, 2]: 0 on the true boundary, positive in class 1.
+def _spiral_boundary(inputs: np.ndarray) -> np.ndarray:
+    """The line midway between the arms, on which alone labels are defined.
 
-    The boundary of `sinusoid2d` is its labels' own; that of `spiral`, whose labels are defined
-    on the arms alone, is the line midway between them: at angle t the positive arm has the
-    radii t + 2 pi k, the negative one those plus pi.
+    At angle t the positive arm has the radii t + 2 pi k, the negative one those plus pi.
     """
     x1, x2 = inputs.T
-    if dataset == "sinusoid2d":
-        return SINUSOID2D_FREQUENCY * x1 + np.sin(SINUSOID2D_FREQUENCY * x2)
     return np.cos(np.hypot(x1, x2) - np.arctan2(x2, x1))
 
 
-def bayes_accuracy(settings: DataSettings) -> float:
-    """Return the test accuracy of the best classifier of the clean labels, on the noisy ones.
+def _spiral_best_accuracy(spiral_noise: float) -> float:
+    return math.nan if spiral_noise > 0 else 1.0  # with noise the arms overlap
 
-    a (1 - rho) + (1 - a) rho, with rho the share of flipped labels and a the accuracy on clean
-    labels: Phi(|mu_N| / 2) for `gaussian`, 1 where the classes do not overlap, NaN where they
-    do and a is not known (the spiral with noise around its arms).
-    """
-    clean = 1.0
-    if settings.dataset == "gaussian":
-        distance = GAUSSIAN_SHIFT * math.sqrt(GAUSSIAN_DIMENSIONS)
-        clean = 0.5 * (1 + math.erf(distance / 2 / math.sqrt(2)))
-    elif settings.dataset == "spiral" and settings.spiral_noise > 0:
-        clean = math.nan
-    flipped = int(settings.label_noise * settings.test_samples) / settings.test_samples
-    return clean * (1 - flipped) + (1 - clean) * flipped
+
+# The released code counts `gaussian` and `spiral` per class: 100, 100 and 10 000.
+DATASETS = {
+    "sinusoid2d": Source((100, 100, 20_000), _sinusoid2d, _sinusoid2d_boundary, lambda _: 1.0),
+    "sinusoid": Source((100, 100, 20_000), _sinusoid, None, lambda _: 1.0),
+    "gaussian": Source((200, 200, 20_000), _gaussian, None, _gaussian_best_accuracy),
+    "spiral": Source((200, 200, 20_000), _spiral, _spiral_boundary, _spiral_best_accuracy),
+}

@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import pandas as pd
@@ -20,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from datasets import true_boundary
-from results import choose_flood_levels
-from settings import STOPPINGS
+from datasets import DATASETS
+from results import compared_level, write_files
+from settings import STOPPINGS, OutputSettings, fail, flag, parse_flags
 
 if TYPE_CHECKING:
     from train import Boundary
@@ -34,21 +32,6 @@ NEUTRAL_COLOR = "#555555"
 OTHER_COLOR = "#999999"  # of flood levels that no picture shows
 TRAIN_STYLE = (0, (4, 2))  # dashed
 CLASS_MAP = LinearSegmentedColormap.from_list("classes", ["#ffffff", "#9a9a9a"])
-
-
-def compared_level(history: pd.DataFrame, labels: str) -> tuple[float, float]:
-    """Return the chosen flood level, and the one that the pictures compare with no flooding.
-
-    Chosen by the last epoch's validation accuracy, its mean over the trials. Where that is no
-    flooding, the best of the other levels is compared, if there are any.
-    """
-    last = history[history.epoch == history.epoch.max()]
-    means = last.groupby("flood_level", as_index=False).mean()
-    chosen = choose_flood_levels(means, labels).flood_level.item()
-    flooded = means[means.flood_level > 0]
-    if chosen == 0 and len(flooded):
-        return chosen, choose_flood_levels(flooded, labels).flood_level.item()
-    return chosen, chosen
 
 
 def colors(flood_levels: Sequence[float], compared: float) -> dict[float, str]:
@@ -64,8 +47,10 @@ def draw_demo(
 
     `history` has a row a `seed`, `flood_level` and `epoch`, with the METRICS of `train`. Training
     curves are against the noisy labels that were trained on, test curves against the clean ones.
-    [released code] `parameters` are the demo's settings, as values or as strings.
+    [released code] `parameters` are the demo's settings, as values or as strings; which trials
+    there are is in the history.
     """
+    parameters = {**parameters, "seed": history.seed.min(), "trials": history.seed.nunique()}
     chosen, compared = compared_level(history, str(parameters["select_on"]))
     pictures = {
         "synth_loss.png": _draw_curves(history, chosen, compared, parameters, "loss"),
@@ -106,24 +91,13 @@ def _count(number: object, what: str) -> str:
     return f"{number} {what}{'s' * (int(number) != 1)}"
 
 
-def save(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
-    """Save pictures into a folder, made if need be; each is moved into place when it is whole."""
-    paths = []
+def png_files(figures: Mapping[str, Figure]) -> dict[str, bytes]:
+    """Return what is to be written of pictures, by their file names."""
+    files = {}
     for name, figure in figures.items():
-        with in_place(directory / name) as temporary:
-            figure.savefig(temporary, dpi=150)
-        paths.append(directory / name)
-    return paths
-
-
-@contextlib.contextmanager
-def in_place(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write a file to, and move it to `path` when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
-        yield temporary
-        temporary.replace(path)
+        figure.savefig(content := io.BytesIO(), format="png", dpi=150)
+        files[name] = content.getvalue()
+    return files
 
 
 def _sides(compared: float) -> list[tuple[float, str, str]]:
@@ -239,13 +213,15 @@ def _draw_boundary(boundary: Boundary, compared: float, parameters: Mapping[str,
     axis, inputs, labels = boundary.axis, boundary.inputs, boundary.labels
     flipped = labels != boundary.clean_labels
     plane = np.stack([x.ravel() for x in np.meshgrid(axis, axis)], axis=1)
-    truth = true_boundary(str(parameters["dataset"]), plane).reshape(len(axis), len(axis))
+    true_boundary = DATASETS[str(parameters["dataset"])].boundary
     networks = zip(panels, sides, boundary.probability, boundary.predictions)
     for axes, (level, side, color), probability, predictions in networks:
         axes.pcolormesh(axis, axis, probability, cmap=CLASS_MAP, vmin=0, vmax=1, rasterized=True)
-        axes.contour(
-            axis, axis, truth, [0], colors="black", linestyles=[TRAIN_STYLE], linewidths=1.2
-        )
+        if true_boundary:
+            truth = true_boundary(plane).reshape(len(axis), len(axis))
+            axes.contour(
+                axis, axis, truth, [0], colors="black", linestyles=[TRAIN_STYLE], linewidths=1.2
+            )
         axes.contour(axis, axis, probability, [0.5], colors=color, linewidths=2)
         for label, face in ((0, "white"), (1, "black")):
             of_class = inputs[labels == label].T
@@ -277,6 +253,8 @@ def _draw_boundary(boundary: Boundary, compared: float, parameters: Mapping[str,
         "network's boundary": Line2D([], [], color=NEUTRAL_COLOR, linewidth=2),
         "probability of class 1": Line2D([], [], color="#9a9a9a", linewidth=8),
     }
+    if not true_boundary:
+        del handles["true boundary"]
     figure.legend(handles.values(), handles, loc="lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 
@@ -343,28 +321,24 @@ def _draw_levels(axes: Axes, cells: pd.DataFrame, table: pd.DataFrame) -> None:
     axes.set_ylim(low - 2 * margin, min(high + margin, 1 + margin / 2))
 
 
-def main() -> None:
-    from arguments import Parser, add_output_dir, check_output_dir
+@dataclass(frozen=True, kw_only=True)
+class PlotSettings(OutputSettings):
+    """Which demo to draw again, and where to."""
 
-    parser = Parser("Draw the pictures of a demo again from what MLflow has.")
-    parser.add_argument(
-        "--run-id", required=True, metavar="ID", default=argparse.SUPPRESS,
-        help="a run of the demo in MLflow",
-    )  # fmt: skip
-    add_output_dir(parser)
-    arguments = parser.parse_args()
-    with parser.setting_errors():
-        check_output_dir(arguments.output_dir)
+    run_id: Annotated[str, flag("ID")]
+    """a run of the demo in MLflow: the Run ID on its page"""
 
+
+def main(flags: PlotSettings) -> None:
     from tracking import TrackingError, load_demo
 
     try:
-        history, parameters, boundary = load_demo(arguments.run_id)
+        history, parameters, boundary = load_demo(flags.run_id)
     except TrackingError as error:
-        parser.error(f"--run-id {arguments.run_id}: {error}")
-    for path in save(draw_demo(history, parameters, boundary), arguments.output_dir):
-        print(path)
+        fail(f"--run-id {flags.run_id}: {error}", status=2)
+    files = png_files(draw_demo(history, parameters, boundary))
+    print(*write_files(files, flags.output_dir), sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_flags(PlotSettings, __doc__))

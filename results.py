@@ -1,22 +1,49 @@
 """What the experiments' scores say: the chosen flood levels, their means, the paper's table.
 
-Pure functions over pandas tables with a row a flood level; no MLflow, no torch.
+Functions over pandas tables with a row a flood level, and the files that they are kept in; no
+MLflow, no torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from datasets import bayes_accuracy
-from settings import SCORES, SPLITS, STOPPINGS, DataSettings
+from datasets import best_possible_accuracy
+from settings import SCORES, SPLITS, STOPPINGS, Cell, DataSettings
 
+if TYPE_CHECKING:
+    from train import Boundary
+
+# A cell of the table is one trial of one setting, with all its flood levels. These tell cells
+# apart, and the last three say where one was trained.
+CELL = [field.name for field in fields(Cell)]
+ORIGIN = ["commit", "torch", "device"]
+FIGURES = ["epoch", *(f"{split}_{score}" for split in SPLITS[1:] for score in SCORES)]
 SETTING = ["dataset", "label_noise", "stopping"]  # a row of the paper's sub-tables A and B
 SIGNIFICANCE = 0.05  # of the adjusted p-value that sets a score in bold
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a demo, or one trial of it, comes to.
+
+    `history` has a row a `seed`, `flood_level` and `epoch`; `summary` is the printed table;
+    `colors` are those of the flood levels.
+    """
+
+    history: pd.DataFrame
+    summary: str
+    chosen: float
+    colors: Mapping[float, str]
+    boundary: Boundary | None
 
 
 def choose_flood_levels(scores: pd.DataFrame, labels: str, by: Sequence[str] = ()) -> pd.DataFrame:
@@ -28,6 +55,21 @@ def choose_flood_levels(scores: pd.DataFrame, labels: str, by: Sequence[str] = (
     order = [f"val_accuracy_{labels}", f"val_loss_{labels}", "flood_level"]
     best_first = scores.sort_values(order, ascending=[False, True, True], kind="stable")
     return best_first.drop_duplicates(list(by)) if by else best_first.head(1)
+
+
+def compared_level(history: pd.DataFrame, labels: str) -> tuple[float, float]:
+    """Return the chosen flood level, and the one that the pictures compare with no flooding.
+
+    Chosen by the last epoch's validation accuracy, its mean over the trials. Where that is no
+    flooding, the best of the other levels is compared, if there are any.
+    """
+    last = history[history.epoch == history.epoch.max()]
+    means = last.groupby("flood_level", as_index=False).mean()
+    chosen = choose_flood_levels(means, labels).flood_level.item()
+    flooded = means[means.flood_level > 0]
+    if chosen == 0 and len(flooded):
+        return chosen, choose_flood_levels(flooded, labels).flood_level.item()
+    return chosen, chosen
 
 
 def summarize(history: pd.DataFrame, labels: str) -> str:
@@ -65,12 +107,13 @@ def compare(cells: pd.DataFrame) -> pd.DataFrame:
 
     `cells` are the table's raw figures, see `read_cells`. Each trial chooses its flood level by
     noisy validation accuracy. Accuracies are fractions; `best_possible` is the Bayes
-    classifier's. `p_value` is a paired t-test's over the trials, NaN where there is one, and
-    `p_adjusted` the same after Benjamini and Hochberg over all rows with the same labels.
+    classifier's, NaN where it is not known. `p_value` is a paired t-test's over the trials, NaN
+    where there is one, and `p_adjusted` the same after Benjamini and Hochberg over all rows with
+    the same labels.
     """
     from scipy.stats import false_discovery_control  # a second to import, for the table alone
 
-    trial = [*SETTING, "spiral_noise", "test_samples", "seed"]
+    trial = [*CELL, "stopping"]
     chosen = choose_flood_levels(cells, "noisy", trial)
     pairs = cells[cells.flood_level == 0].merge(chosen, on=trial, suffixes=("_without", "_with"))
     tables = []
@@ -83,7 +126,9 @@ def compare(cells: pd.DataFrame) -> pd.DataFrame:
                 "flood_level": trials["flood_level_with"],
             }
             row = {**dict(zip(SETTING, setting)), "labels": labels, "trials": len(trials)}
-            row["best_possible"] = _best_possible(trials.iloc[0], labels)
+            data = DataSettings(**trials[CELL[:-1]].iloc[0])
+            noise = data.label_noise if labels == "noisy" else 0.0
+            row["best_possible"] = best_possible_accuracy(data, noise)
             for name, values in figures.items():
                 row |= {f"{name}_mean": values.mean(), f"{name}_std": values.std()}
             row["p_value"] = _paired_p(figures["with_flooding"], figures["without_flooding"])
@@ -94,17 +139,6 @@ def compare(cells: pd.DataFrame) -> pd.DataFrame:
         table.loc[known, "p_adjusted"] = false_discovery_control(table.p_value[known])
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
-
-
-def _best_possible(cell: pd.Series, labels: str) -> float:
-    return bayes_accuracy(
-        DataSettings(
-            cell.dataset,
-            cell.label_noise if labels == "noisy" else 0.0,
-            cell.spiral_noise,
-            test_samples=int(cell.test_samples),
-        )
-    )
 
 
 def _paired_p(after: pd.Series, before: pd.Series) -> float:
@@ -166,50 +200,80 @@ def mean_and_deviation(mean: float, deviation: float, digits: int) -> str:
     return f"{mean:.{digits}f} ({shown})"
 
 
-class CellsError(ValueError):
+class CellsError(Exception):
     """A file of cells cannot be used; says which and why."""
 
 
 def read_cells(
-    paths: Sequence[Path],
-    identity: Sequence[str],
-    shared: Mapping[str, object],
-    flood_levels: Sequence[float],
-) -> Iterator[tuple[tuple, pd.DataFrame]]:
-    """Read a table's raw figures back: yields each cell's identity and its rows.
+    paths: Sequence[Path], shared: Mapping[str, object], flood_levels: Sequence[float]
+) -> pd.DataFrame:
+    """Read a table's raw figures back: all cells of all files, each once, in the order of CELL.
 
-    A cell is what the columns `identity` tell apart; it has a row a stopping and flood level.
-    `shared` are the settings that all cells must have been trained with.
+    A cell has a row a stopping and flood level. `shared` are the settings that all cells must
+    have been trained with. ORIGIN is empty where an earlier version did not write it.
 
     Raises:
         CellsError: a file is not there, lacks a column or a figure, was trained with other
-            settings or flood levels, or there is a cell twice.
+            settings or flood levels, or there is a cell twice, with other figures.
     """
-    scores = [f"{split}_{score}" for split in SPLITS[1:] for score in SCORES]
+    columns = [*CELL, *shared, "stopping", "flood_level", *FIGURES]
     grid = sorted((stopping, level) for stopping in STOPPINGS for level in flood_levels)
-    seen = {}
+    files = []
     for path in paths:
         try:
             cells = pd.read_csv(path, engine="pyarrow")  # every bit of a float, in all versions
         except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
-            reason = " ".join(str(error).split())
-            raise CellsError(f"{path}: cannot be read ({reason})") from error
-        wanted = [*identity, *shared, "stopping", "flood_level", "epoch", *scores]
-        if missing := [name for name in wanted if name not in cells]:
+            raise CellsError(f"{path}: cannot be read ({error})") from error
+        if missing := [name for name in columns if name not in cells]:
             raise CellsError(f"{path}: has no column {missing[0]}")
-        if len(cells) == 0 or cells[wanted].isna().any(axis=None):
+        if len(cells) == 0 or cells[columns].isna().any(axis=None):
             raise CellsError(f"{path}: is cut short, figures are missing")
         for name, value in shared.items():
             if (other := cells[name][cells[name] != value]).size:
                 raise CellsError(f"{path}: {name} is {other.iloc[0]}, and {value} is asked for")
-        for key, rows in cells[wanted].groupby([*identity], sort=False):
-            cell = ", ".join(f"{name} {value}" for name, value in zip(identity, key))
-            found = list(zip(rows.stopping, rows.flood_level))
-            if key in seen or len(set(found)) < len(found):
-                raise CellsError(
-                    f"{path}: there is a cell twice, also in {seen.get(key, path)}: {cell}"
-                )
-            if sorted(found) != grid:
-                raise CellsError(f"{path}: is cut short or has other flood levels: {cell}")
-            seen[key] = path
-            yield key, rows[[name for name in wanted if name not in (*identity, *shared)]]
+        for key, rows in cells.groupby(CELL):
+            if sorted(set(zip(rows.stopping, rows.flood_level))) != grid:
+                raise CellsError(f"{path}: is cut short or has other flood levels: {_name(key)}")
+        files.append(cells.reindex(columns=[*columns, *ORIGIN]))
+    if not files:
+        return pd.DataFrame(columns=[*columns, *ORIGIN])
+    cells = add_cells(*files).drop_duplicates(columns)
+    for key, rows in cells.groupby(CELL):
+        if len(rows) > len(grid):
+            where = " ".join(map(str, paths))
+            raise CellsError(f"{where}: a cell is there twice, with other figures: {_name(key)}")
+    return cells
+
+
+def _name(key: Sequence[object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in zip(CELL, key))
+
+
+def add_cells(*cells: pd.DataFrame) -> pd.DataFrame:
+    """Put raw figures together, in the order of seed and CELL, with the first ones' columns."""
+    together = pd.concat([some for some in cells if len(some)])
+    together = together.sort_values(["seed", *CELL], kind="stable", ignore_index=True)
+    return together[cells[0].columns]
+
+
+def select_cells(cells: pd.DataFrame, wanted: Sequence[Cell]) -> pd.DataFrame:
+    """Return the rows of those cells that are wanted."""
+    keys = {astuple(cell) for cell in wanted}
+    found = [key in keys for key in cells[CELL].itertuples(index=False, name=None)]
+    return cells[np.array(found, dtype=bool)].reset_index(drop=True)
+
+
+def csv(frame: pd.DataFrame) -> bytes:
+    """Return what is to be written of a table as CSV."""
+    return frame.to_csv(index=False).encode()
+
+
+def write_files(files: Mapping[str, bytes], directory: Path) -> list[Path]:
+    """Write files into a folder, made if need be; each is moved into place when it is whole."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, content in files.items():
+        with tempfile.TemporaryDirectory(dir=directory) as folder:
+            (Path(folder) / name).write_bytes(content)
+            paths.append((Path(folder) / name).replace(directory / name))
+    return paths

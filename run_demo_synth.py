@@ -7,163 +7,136 @@ flipped, an MLP without flooding and with three flood levels. It saves `synth_lo
 
 from __future__ import annotations
 
-import argparse
-import sys
-import tempfile
-from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
 
-from arguments import DATASETS, Parser, add_shared_flags, fill_defaults, settings_from
-from settings import DataSettings, ModelSettings, TrainSettings, check_flood_level
+import settings
+from settings import Count, DataSettings, ModelSettings, RunSettings, TrainSettings, check, fail
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-# The authors' demo [released code]: setting 1, SGD, is the one that it runs; setting 2, Adam,
-# is present there but never run.
-DEFAULTS = {
-    "hidden_layers": 4,
-    "batch_norm": True,
-    "optimizer": "sgd",
-    "batch_size": 200,
-    "epochs": 200,
-}
-PATIENCE_SECONDS = 8.0  # how long the end of a demo waits for a store that is away
 FLOOD_LEVELS = {"sgd": (0.26, 0.27, 0.28), "adam": (0.24, 0.25, 0.26)}
 
 
-def parse_arguments() -> tuple[Parser, argparse.Namespace]:
-    parser = Parser(" ".join(__doc__.split("\n\n")[0].split()))
-    parser.add_argument("--dataset", choices=DATASETS, default="sinusoid2d", help="data set")
-    parser.add_argument(
-        "--label-noise", type=float, default=0.1, metavar="FRACTION",
-        help="fraction of the labels of each split that is flipped, in [0, 1)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--flood-levels", type=float, nargs="+", metavar="B", default=argparse.SUPPRESS,
-        help="flood levels in nats (default: 0.26 0.27 0.28 for sgd, 0.24 0.25 0.26 for adam); "
-        "0, no flooding, is always among them",
-    )  # fmt: skip
-    parser.add_argument(
-        "--select-on", choices=("clean", "noisy"), default="clean",
-        help="validation labels whose last-epoch accuracy chooses the level; the authors' choice "
-        "is clean, in practice there are only noisy ones",
-    )  # fmt: skip
-    parser.add_argument(
-        "--eval-every", type=int, default=1, metavar="N",
-        help="epochs between evaluations; the last epoch is always evaluated",
-    )  # fmt: skip
-    parser.add_argument(
-        "--trials", type=int, default=1, metavar="N",
-        help="trials; trial t draws data and weights from seed + t",
-    )  # fmt: skip
-    add_shared_flags(parser, DEFAULTS)
-    arguments = parser.parse_args()
-    with parser.setting_errors():
-        fill_defaults(arguments)
-        levels = getattr(arguments, "flood_levels", FLOOD_LEVELS[arguments.optimizer])
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings(RunSettings, TrainSettings, ModelSettings, DataSettings):
+    """All of a demo. The defaults are the authors' [released code].
+
+    Setting 1, SGD, is the one that they run; setting 2, Adam, is there but never run.
+    """
+
+    dataset: settings.DatasetName = "sinusoid2d"
+    label_noise: Annotated[float, settings.flag("FRACTION")] = 0.1
+    hidden_layers: Count = 4
+    batch_norm: bool = True
+    optimizer: settings.OptimizerName = "sgd"
+    batch_size: Count = 200
+    epochs: Count = 200
+    flood_levels: Annotated[
+        tuple[float, ...] | None,
+        settings.flag("B [B ...]", "(default: 0.26 0.27 0.28 for sgd, 0.24 0.25 0.26 for adam)"),
+    ] = None
+    """flood levels in nats; 0, no flooding, is always among them"""
+    select_on: Literal["clean", "noisy"] = "clean"
+    """validation labels whose last-epoch accuracy chooses the level; in practice all are noisy"""
+    eval_every: Count = 1
+    """epochs between evaluations; the last epoch is always evaluated"""
+    trials: Count = 1
+    """trials; trial t draws data and weights from seed + t"""
+
+    def __post_init__(self) -> None:
+        for part in (DataSettings, ModelSettings, TrainSettings, RunSettings):
+            part.__post_init__(self)
+        levels = self.flood_levels
+        levels = FLOOD_LEVELS[self.optimizer] if levels is None else levels
         for level in levels:
-            check_flood_level(level)
-    arguments.flood_levels = sorted({0.0, *levels})
-    return parser, arguments
+            settings.check_flood_level(level)
+        object.__setattr__(self, "flood_levels", tuple(sorted({0.0, *levels})))
+        for name in ("eval_every", "trials"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        self.check_batches(self.train_samples, self.batch_norm)
 
 
-def main() -> None:
-    parser, arguments = parse_arguments()
-    with parser.setting_errors():
-        data_settings = settings_from(DataSettings, arguments)
-        model_settings = settings_from(ModelSettings, arguments)
-        train_settings = settings_from(TrainSettings, arguments)
-        train_settings.check_batches(data_settings.train_samples, model_settings.batch_norm)
+if __name__ == "__main__":  # before the heavy imports: --help and wrong flags are answered at once
+    DEMO = settings.parse_flags(DemoSettings, __doc__)
 
-    # Heavy imports, only now: --help and wrong flags are answered at once.
-    import pandas as pd
-    import torch
+import pandas as pd
+import torch
+from tqdm import tqdm
 
-    import plot
-    import tracking
-    from datasets import make_dataset
-    from models import MLP
-    from process import exit_on_signals, prepare_process
-    from progress import progress_bar
-    from results import summarize
-    from store import Store, TrackingError
-    from train import DivergenceError, count_epochs, find_boundary, train
+import plot
+from datasets import make_dataset
+from models import MLP
+from results import Outcome, compared_level, summarize, write_files
+from tracking import DemoLog, TrackingError
+from train import DivergenceError, Trial, count_epochs, find_boundary, prepare_process, train
 
-    exit_on_signals()
-    with parser.setting_errors():
-        device = prepare_process(arguments.device)
-    levels = arguments.flood_levels
-    parameters = {
-        **vars(arguments),
-        **asdict(data_settings),
-        "flood_levels": " ".join(f"{level:g}" for level in levels),
-        "device": device.type,
-    }
+
+def main(demo: DemoSettings) -> None:
+    settings.exit_on_signals()
+    with settings.setting_errors():
+        device = prepare_process(demo.device)
+    shown_levels = " ".join(f"{level:g}" for level in demo.flood_levels)
+    parameters = {**asdict(demo), "flood_levels": shown_levels, "device": device.type}
     try:
-        tags = tracking.experiment_tags(tracking.DEMO_DESCRIPTION, group_by="flood_level")
-        store = Store(tracking.DEMO_EXPERIMENT, tags, PATIENCE_SECONDS)
+        log = DemoLog(demo, parameters, device)
     except TrackingError as error:
-        parser.error(str(error))
-    log = tracking.DemoLog(store, parameters, levels, device)
+        fail(str(error), status=2)
     print(plot.describe(parameters).replace("\n", "; "), f"on {device.type}", flush=True)
 
-    history, first, missing = [], {}, None
-    total = arguments.trials * count_epochs(levels, arguments.epochs, device)
+    trials = []
+    epochs = demo.trials * count_epochs(demo.flood_levels, demo.epochs, device)
     try:
-        with store, progress_bar(total, "epoch") as bar:
-            for seed in range(arguments.seed, arguments.seed + arguments.trials):
-                data = make_dataset(data_settings, seed)
-                generator = torch.Generator().manual_seed(seed)
-                network = MLP(data.train.inputs.shape[1], model_settings, generator)
-                log.start_trial(data_settings, seed, data)
-                for now in train(
-                    network, data, levels, train_settings, device, generator, on_epoch=bar.update
-                ):
-                    log.evaluation(now)
-                    of_models = levels[now.models]
-                    columns = {"seed": seed, "flood_level": of_models, "epoch": now.epoch}
-                    history.append(pd.DataFrame({**columns, **now.metrics}))
-                    bar.set_postfix_str(losses(history[-1]), refresh=False)
-                    if seed == arguments.seed:  # the first trial's networks are drawn
-                        first_data = data
-                        for model, level in enumerate(of_models):
-                            first[level] = [matrix[model, None] for matrix in now.folded]
-            history = pd.concat(history, ignore_index=True)
-            results = summarize(history, arguments.select_on)
-            chosen, compared = plot.compared_level(history, arguments.select_on)
-            boundary = None
-            if network.linears[0].in_features == 2:
-                shown = [first[level] for level in dict.fromkeys([0.0, compared])]
-                boundary = find_boundary(shown, first_data.train)
-            pictures = plot.draw_demo(history, parameters, boundary)
-            with tempfile.TemporaryDirectory() as folder:
-                # Logged before they are moved into place, where another demo may replace them.
-                files = plot.save(pictures, Path(folder))
-                log.result(results, chosen, plot.colors(levels, compared), files, boundary)
-            paths = plot.save(pictures, arguments.output_dir)
+        with settings.progress_bar(epochs, "epoch") as bar:
+            for seed in range(demo.seed, demo.seed + demo.trials):
+                trials.append(train_trial(demo, seed, device, bar))
+                if demo.trials > 1:
+                    log.trial(trials[-1], conclude(demo, trials[-1:]), pictures={})
     except DivergenceError as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+        fail(str(error))
+
+    outcome = conclude(demo, trials)
+    pictures = plot.png_files(plot.draw_demo(outcome.history, parameters, outcome.boundary))
+    print(f"\n{outcome.summary}\n")
+    print("Pictures:", *write_files(pictures, demo.output_dir), flush=True)
+    if demo.trials > 1:
+        log.result(outcome, pictures, trials[0].started)
+    else:
+        log.trial(trials[0], outcome, pictures)
+    print(log.how_to_look(means=demo.trials > 1))
+    try:
+        log.finish()
     except TrackingError as error:
-        missing = error
-
-    print(f"\n{results}\n")
-    print("Pictures:", *paths)
-    for line in log.how_to_look():
-        print(line)
-    if missing:
-        sys.exit(f"{parser.prog}: error: {missing}")
+        fail(str(error))
 
 
-def losses(rows: pd.DataFrame) -> str:
-    """Return the current losses of the models that train, for the progress bar."""
-    shown = (
-        f"{r.flood_level:g}: {r.train_loss_noisy:.2f}/{r.test_loss_clean:.2f}"
-        for r in rows[:5].itertuples()
-    )
-    return f"train/test loss {', '.join(shown)}{' ...' if len(rows) > 5 else ''}"
+def train_trial(demo: DemoSettings, seed: int, device: torch.device, bar: tqdm) -> Trial:
+    """Draw a trial's data and network, and train a copy of it for each flood level."""
+    started = time.time()
+    data = make_dataset(demo, seed)
+    generator = torch.Generator().manual_seed(seed)
+    network = MLP(data.train.inputs.shape[1], demo, generator)
+    history, networks = [], {}
+    for now in train(
+        network, data, demo.flood_levels, demo, device, generator,
+        eval_every=demo.eval_every, on_epoch=bar.update,
+    ):  # fmt: skip
+        history.append(now.metrics.assign(seed=seed))
+        networks |= now.networks()
+    return Trial(seed, data, pd.concat(history), networks, started, ended=time.time())
+
+
+def conclude(demo: DemoSettings, trials: Sequence[Trial]) -> Outcome:
+    """Sum trials up, and choose the level; the boundary is that of the first one's networks."""
+    history = pd.concat([trial.history for trial in trials], ignore_index=True)
+    chosen, compared = compared_level(history, demo.select_on)
+    boundary, first = None, trials[0]
+    if first.data.train.inputs.shape[1] == 2:
+        shown = [first.networks[level] for level in dict.fromkeys([0.0, compared])]
+        boundary = find_boundary(shown, first.data.train)
+    colors = plot.colors(demo.flood_levels, compared)
+    return Outcome(history, summarize(history, demo.select_on), chosen, colors, boundary)
 
 
 if __name__ == "__main__":
-    main()
+    main(DEMO)

@@ -2,238 +2,239 @@
 
 Two Gaussians, sinusoid and spiral at three strengths of label noise, flood levels 0 to 0.50,
 ten trials: 4 590 trainings. A cell, one trial of one setting with all its flood levels, is
-trained once and kept in MLflow, so a stopped table goes on where it was. Cells are shared out
-among the processes that torchrun starts, on one machine or several.
+trained once: `table_synth_cells.csv` has every finished one, so a stopped table goes on where it
+was. With `--ray` cells are trained side by side, on one machine or several.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
-import os
-import sys
-from collections.abc import Mapping
+import importlib.util
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-from arguments import DATASETS, Parser, add_shared_flags, fill_defaults, settings_from
+import tyro
+
+import settings
 from settings import (
-    FIGURES_VERSION,
+    Cell,
+    Count,
     DataSettings,
     ModelSettings,
+    RunSettings,
     SettingError,
     TrainSettings,
     check,
+    fail,
+    flag,
 )
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-# The paper's synthetic experiments, section 4.1; that its network has no batch norm is assumed.
-DEFAULTS = {
-    "hidden_layers": 5,
-    "batch_norm": False,
-    "optimizer": "adam",
-    "batch_size": 100,
-    "epochs": 500,
-}
-PAPER_GRID = {
-    "dataset": ["gaussian", "sinusoid2d", "spiral"],
-    "label_noise": [0.01, 0.05, 0.1],
-    "trials": 10,
-    "flood_step": 0.01,
-}
-QUICK_GRID = {"trials": 2, "flood_step": 0.1}
-IDENTITY = (*(field.name for field in fields(DataSettings)), "seed")  # of a cell
-PATIENCE_SECONDS = 300.0  # how long a store may be away before the table gives up
+CELLS_FILE = "table_synth_cells.csv"
+QUICK_TRIALS, QUICK_FLOOD_STEP = 2, 0.1
+CORES_A_CELL = 4  # with Ray, at most: what more cores add to a training of this size is little
 
 
-def parse_arguments() -> tuple[Parser, argparse.Namespace]:
-    parser = Parser(" ".join(__doc__.split("\n\n")[0].split()))
-    parser.add_argument(
-        "--dataset", choices=DATASETS, nargs="+", default=argparse.SUPPRESS, metavar="D",
-        help=f"data sets, of {', '.join(DATASETS)} (default: gaussian sinusoid2d spiral)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--label-noise", type=float, nargs="+", default=argparse.SUPPRESS, metavar="FRACTION",
-        help="fractions of each split's labels that are flipped, in [0, 1) "
-        "(default: 0.01 0.05 0.1)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--trials", type=int, metavar="N", default=argparse.SUPPRESS,
-        help="trials of a setting; trial t draws data and weights from seed + t (default: 10)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--flood-max", type=float, default=0.5, metavar="B",
-        help="highest flood level, in nats; where the steps do not meet it, the last one below",
-    )  # fmt: skip
-    parser.add_argument(
-        "--flood-step", type=float, metavar="B", default=argparse.SUPPRESS,
-        help="step of the flood levels, which start at 0 (default: 0.01)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--quick", action="store_true",
-        help=f"show the shape of the result sooner: {QUICK_GRID['trials']} trials and flood "
-        f"levels {QUICK_GRID['flood_step']} apart, unless said otherwise",
-    )  # fmt: skip
-    parser.add_argument(
-        "--cells", type=Path, nargs="+", metavar="FILE", default=argparse.SUPPRESS,
-        help="raw figures (table_synth_cells.csv) of cells that are trained already: they are "
-        "logged, not trained again",
-    )  # fmt: skip
-    add_shared_flags(parser, DEFAULTS)
-    arguments = parser.parse_args()
-    grid = {**PAPER_GRID, **(QUICK_GRID if arguments.quick else {})}
-    for name, value in {**grid, "cells": []}.items():
-        vars(arguments).setdefault(name, value)
-    highest, step = arguments.flood_max, arguments.flood_step
-    with parser.setting_errors():
-        fill_defaults(arguments)
+@dataclass(frozen=True, kw_only=True)
+class TableSettings(RunSettings, TrainSettings, ModelSettings, DataSettings):
+    """All of a table. The defaults are the paper's, section 4.1; no batch norm is assumed.
+
+    Raises:
+        SettingError: a value is outside its range, or batch norm meets a batch of one example.
+    """
+
+    dataset: tuple[settings.DatasetName, ...] = ("gaussian", "sinusoid2d", "spiral")
+    """data sets"""
+    label_noise: Annotated[tuple[float, ...], flag("FRACTION [FRACTION ...]")] = (0.01, 0.05, 0.1)
+    """fractions of each split's labels that are flipped, in [0, 1)"""
+    hidden_layers: Count = 5
+    batch_norm: bool = False
+    optimizer: settings.OptimizerName = "adam"
+    batch_size: Count = 100
+    epochs: Count = 500
+    trials: Annotated[int | None, flag("N", f"(default: 10, with --quick {QUICK_TRIALS})")] = None
+    """trials of a setting; trial t draws data and weights from seed + t"""
+    flood_max: Annotated[float, flag("B")] = 0.5
+    """highest flood level, in nats; where the steps do not meet it, the last one below"""
+    flood_step: Annotated[
+        float | None, flag("B", f"(default: 0.01, with --quick {QUICK_FLOOD_STEP})")
+    ] = None
+    """step of the flood levels, which start at 0"""
+    quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """show the shape of the result sooner: fewer trials and flood levels"""
+    cells: Annotated[tuple[Path, ...], flag("FILE [FILE ...]", "(default: none)")] = ()
+    """raw figures (table_synth_cells.csv) of cells that are trained already, to be added"""
+    ray: Annotated[str | None, flag("local|ADDRESS", "(default: one after the other)")] = None
+    """train cells side by side, with Ray on this machine or on the cluster at this address"""
+
+    def __post_init__(self) -> None:
+        for part in (ModelSettings, TrainSettings, RunSettings):
+            part.__post_init__(self)
+        trials, step = (QUICK_TRIALS, QUICK_FLOOD_STEP) if self.quick else (10, 0.01)
+        for name, default in (("trials", trials), ("flood_step", step)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        highest, step = self.flood_max, self.flood_step
+        check(self.trials >= 1, "trials", self.trials, "at least 1")
         check(0 < highest < 100, "flood_max", highest, "a number of nats in (0, 100)")
         check(0.0001 <= step <= highest, "flood_step", step, "from 0.0001 to --flood-max")
-    arguments.dataset = list(dict.fromkeys(arguments.dataset))
-    arguments.label_noise = sorted(set(arguments.label_noise))
-    return parser, arguments
+        there = self.ray is None or importlib.util.find_spec("ray")
+        check(there, "ray", self.ray, "only with Ray: pip install ray")
+        for cell in self.grid():
+            self.check_batches(cell.train_samples, self.batch_norm)
+
+    def flood_levels(self) -> list[float]:
+        """Return the levels 0, step, 2 step, ... that are not above the highest."""
+        steps = int(self.flood_max / self.flood_step + 1e-9)  # 0.5 / 0.1 may be a bit below 5
+        return [round(level * self.flood_step, 10) for level in range(steps + 1)]
+
+    def shared(self) -> dict[str, object]:
+        """Return what all cells of the table are trained with, by its names."""
+        names = [field.name for part in (ModelSettings, TrainSettings) for field in fields(part)]
+        shared = {name: getattr(self, name) for name in names}
+        return {**shared, "version": settings.FIGURES_VERSION}
+
+    def grid(self) -> list[Cell]:
+        """Return the cells, trials outermost: a table that is stopped has all settings."""
+        data = {field.name: getattr(self, field.name) for field in fields(DataSettings)}
+        return [
+            Cell(**{**data, "dataset": dataset, "label_noise": noise, "seed": seed})
+            for seed in range(self.seed, self.seed + self.trials)
+            for dataset in dict.fromkeys(self.dataset)
+            for noise in sorted(set(self.label_noise))
+        ]
 
 
-def flood_grid(highest: float, step: float) -> list[float]:
-    """Return the levels 0, step, 2 step, ... that are not above the highest."""
-    steps = int(highest / step + 1e-9)  # 0.5 / 0.1 may come out a bit below 5
-    return [round(level * step, 10) for level in range(steps + 1)]
+if __name__ == "__main__":  # before the heavy imports: --help and wrong flags are answered at once
+    TABLE = settings.parse_flags(TableSettings, __doc__)
+
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+import plot
+from datasets import make_dataset
+from models import MLP
+from results import (
+    CellsError,
+    add_cells,
+    compare,
+    csv,
+    markdown,
+    read_cells,
+    select_cells,
+    write_files,
+)
+from tracking import TableLog, TrackingError
+from train import DivergenceError, count_epochs, prepare_process, train_with_early_stopping, where
+
+TrainedCell = tuple[Cell, pd.DataFrame, tuple[float, float]]  # its rows; from when to when
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One trial of one setting, with all its flood levels."""
-
-    data: DataSettings
-    seed: int  # of the trial: its data, initial weights and mini-batches
-
-    @property
-    def name(self) -> str:
-        """The cell's name in MLflow and on the progress bar."""
-        return f"{self.data.dataset}, label noise {self.data.label_noise:g}, seed {self.seed}"
-
-    def parameters(self, shared: Mapping[str, object]) -> dict[str, object]:
-        """All that the cell is trained with; `shared` is the same for a table's cells."""
-        return {**asdict(self.data), "seed": self.seed, **shared}
-
-
-def main() -> None:
-    parser, arguments = parse_arguments()
-    with parser.setting_errors():
-        model_settings = settings_from(ModelSettings, arguments)
-        train_settings = settings_from(TrainSettings, arguments)
-        # Trials outermost: a table that is stopped early has all settings, over fewer trials.
-        cells = []
-        for seed in range(arguments.seed, arguments.seed + arguments.trials):
-            for dataset in arguments.dataset:
-                for label_noise in arguments.label_noise:
-                    setting = {"dataset": dataset, "label_noise": label_noise}
-                    settings = settings_from(DataSettings, arguments, **setting)
-                    train_settings.check_batches(settings.train_samples, model_settings.batch_norm)
-                    cells.append(Cell(settings, seed))
-    levels = flood_grid(arguments.flood_max, arguments.flood_step)
-    shared = {**asdict(model_settings), **asdict(train_settings), "version": FIGURES_VERSION}
-    del shared["eval_every"]  # the validation split is evaluated every epoch
-
-    # Heavy imports, only now: --help and wrong flags are answered at once.
-    import torch
-
-    import plot
-    import tracking
-    from datasets import make_dataset
-    from models import MLP
-    from process import Ranks, exit_on_signals, prepare_process
-    from progress import progress_bar
-    from results import CellsError, read_cells
-    from store import Store, TrackingError
-    from train import DivergenceError, count_epochs, train_with_early_stopping
-
-    exit_on_signals()
-    with parser.setting_errors():
-        device = prepare_process(arguments.device)
+def main(table: TableSettings) -> None:
+    settings.exit_on_signals()
+    began, directory = time.time(), table.output_dir
+    levels, shared, grid = table.flood_levels(), table.shared(), table.grid()
+    lock = FileLock(directory / "table_synth.lock", blocking=False)
     try:
-        given = {
-            Cell(DataSettings(*identity[:-1]), identity[-1]): rows
-            for identity, rows in read_cells(arguments.cells, IDENTITY, shared, levels)
-        }
-        tags = tracking.experiment_tags(tracking.TABLE_DESCRIPTION, group_by="setting")
-        store = Store(tracking.TABLE_EXPERIMENT, tags, PATIENCE_SECONDS)
-        log = tracking.TableLog(store, levels, device)
-        done = {cell for cell in cells if cell in given or log.finished(cell.parameters(shared))}
-    except (CellsError, SettingError) as error:
-        parser.error(f"--cells {error}")
+        with settings.setting_errors():
+            start_ray(table.ray) if table.ray else prepare_process(table.device)
+        lock.acquire()  # until the process ends
+        state = [path for path in (directory / CELLS_FILE,) if path.exists()]
+        cells = read_cells([*state, *table.cells], shared, levels)
+        log = TableLog(shared, levels)
+    except Timeout:
+        fail(f"--output-dir {directory}: another table is being made in this folder", status=2)
+    except (CellsError, TrackingError) as error:
+        fail(str(error), status=2)
+    missing = [cell for cell in grid if select_cells(cells, [cell]).empty]
+    known = len(grid) - len(missing)
+    print(f"{len(grid)} cells of {len(levels)} flood levels, {known} of them trained before")
+    try:
+        with settings.setting_errors(), settings.progress_bar(len(missing), "cell", 1) as bar:
+            for cell, rows, times in train_cells(table, missing, bar):
+                cells = add_cells(cells, rows.assign(commit=log.commit))
+                write_files({CELLS_FILE: csv(cells)}, directory)
+                log.cell(cell, rows, times)
+    except DivergenceError as error:
+        fail(str(error))
+
+    asked = select_cells(cells, grid)
+    result = compare(asked)
+    print(f"\n{markdown(result)}")
+    files = {
+        "table_synth.md": markdown(result).encode(),
+        "table_synth.csv": csv(result),
+        CELLS_FILE: csv(cells),
+        **plot.png_files({"table_synth.png": plot.draw_table(asked, result)}),
+    }
+    print("Saved:", *write_files(files, directory), flush=True)
+    log.table(f"table of {len(grid)} cells", files, began)
+    print(log.how_to_look(means=True))
+    try:
+        log.finish()
     except TrackingError as error:
-        parser.error(str(error))
-    ranks = Ranks()
-    first = ranks.rank == 0
-    if first:
-        print(
-            f"{len(cells)} cells of {len(levels)} flood levels, {len(done)} of them trained "
-            f"before; on {device.type}, side by side: {ranks.world_size}",
-            flush=True,
-        )
+        fail(str(error))
 
-    epochs = count_epochs(levels, arguments.epochs, device)
+
+def train_cells(table: TableSettings, cells: Sequence[Cell], bar: tqdm) -> Iterator[TrainedCell]:
+    """Train cells one after the other in this process, or side by side with Ray, in any order."""
+    if not table.ray:
+        for cell in cells:
+            bar.set_postfix_str(str(cell), refresh=False)
+            yield train_cell(table, cell, bar.update)
+        return
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(table.device != "cpu" and any("GPU" in node for node in nodes))
+    cores = min(CORES_A_CELL, *(node["CPU"] for node in nodes if "CPU" in node))
+    remote = ray.remote(train_cell).options(num_cpus=cores, num_gpus=gpus, max_retries=-1)
+    waiting = [remote.remote(table, cell) for cell in cells]
+    while waiting:
+        [done], waiting = ray.wait(waiting)
+        try:
+            yield ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        bar.update()
+
+
+def train_cell(
+    table: TableSettings, cell: Cell, on_progress: Callable[[float], object] = lambda share: None
+) -> TrainedCell:
+    """Train a cell in this process, one of Ray's or the only one."""
+    started, levels = time.time(), table.flood_levels()
+    device = prepare_process(table.device)
+    data = make_dataset(cell, cell.seed)
+    generator = torch.Generator().manual_seed(cell.seed)
+    network = MLP(data.train.inputs.shape[1], table, generator)
+    share = 1 / count_epochs(levels, table.epochs, device)
+    rows = train_with_early_stopping(
+        network, data, levels, table, device, generator, lambda: on_progress(share)
+    )
+    rows = rows.assign(**asdict(cell), **table.shared(), **where(device))
+    return cell, rows, (started, time.time())
+
+
+def start_ray(address: str) -> None:
+    """Join Ray, and send it this code.
+
+    Raises:
+        SettingError: there is no Ray at that address.
+    """
+    import ray
+
+    unneeded = [".git", ".venv", "figures", "tests", "mlruns", "mlartifacts", "*.db"]
+    code = {"working_dir": str(Path(__file__).parent), "excludes": unneeded}
     try:
-        with store, progress_bar(len(cells) - len(done), "cell", 1, show=first) as bar:
-            # The other processes are taken to be as far as this one.
-            on_epoch = functools.partial(bar.update, ranks.world_size / epochs)
-            for number in ranks.share(len(cells), store.flush):
-                cell = cells[number]
-                parameters = cell.parameters(shared)
-                if log.finished(parameters):
-                    continue
-                bar.set_description_str(f"{cell.name}: ", refresh=False)
-                data = make_dataset(cell.data, cell.seed)
-                datasets = tracking.dataset_inputs(cell.data, cell.seed, data)
-                run = log.start(cell.name, parameters, datasets)
-                rows = given.get(cell)
-                if rows is None:
-                    generator = torch.Generator().manual_seed(cell.seed)
-                    network = MLP(data.train.inputs.shape[1], model_settings, generator)
-                    rows = train_with_early_stopping(
-                        network, data, levels, train_settings, device, generator, on_epoch
-                    )
-                log.finish(run, parameters, rows)
-                store.check()
-            if not first:
-                return
-            table = log.load([cell.parameters(shared) for cell in cells])
-            paths = save_table(table, arguments.output_dir)
-            log.table(f"table of {len(cells)} cells", paths)
-    except (DivergenceError, TrackingError) as error:
-        sys.exit(f"{parser.prog}: error: {error}")
-    finally:
-        if (unlogged := log.unlogged()) is not None:
-            path = arguments.output_dir / f"table_synth_cells_{os.getpid()}.csv"
-            with plot.in_place(path) as temporary:
-                unlogged.to_csv(temporary, index=False)
-            print(f"cells that MLflow has not got, for --cells: {path}", file=sys.stderr)
-
-    print("Saved:", *paths)
-    for line in tracking.how_to_look(store, f"viewStateShareKey={tracking.MEANS}"):
-        print(line)
-
-
-def save_table(cells: pd.DataFrame, directory: Path) -> list[Path]:
-    """Print the table, save it as Markdown, CSV, picture and raw figures; return the paths."""
-    import plot
-    from results import compare, markdown
-
-    table = compare(cells)
-    text = markdown(table)
-    print(f"\n{text}")
-    paths = [directory / f"table_synth{ending}" for ending in (".md", ".csv", "_cells.csv")]
-    with plot.in_place(paths[0]) as path:
-        path.write_text(text)
-    for frame, path in zip((table, cells), paths[1:]):
-        with plot.in_place(path) as temporary:
-            frame.to_csv(temporary, index=False)
-    return [*paths, *plot.save({"table_synth.png": plot.draw_table(cells, table)}, directory)]
+        ray.init(address, runtime_env=code, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise SettingError("ray", address, f"local, or a running cluster's ({error})") from error
+    settings.exit_on_signals()  # Ray has set handlers of its own
 
 
 if __name__ == "__main__":
-    main()
+    main(TABLE)

@@ -1,378 +1,364 @@
-"""What MLflow keeps of the experiments, and how it is read back.
+"""What MLflow keeps of the experiments, and how a demo is read back.
 
-A run of the demo is one flood level of one trial, a run of the table one cell. Runs stand side
-by side, tied together by tags, so that the chart view compares them at once.
+A run of the demo is one flood level of one trial, a run of the table one cell. It is written when
+it is over, at one go, so the store has it whole or not at all. Runs stand side by side, tied
+together by a tag, so that the chart view compares them at once.
+
+The store is what MLFLOW_TRACKING_URI says, else `sqlite:///mlflow.db` in the current folder,
+which is what a bare `mlflow ui` there opens.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import io
 import json
-import platform
-import re
+import logging
+import os
 import secrets
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from urllib.parse import quote
 
+for name, value in {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # what a store refuses is tried again here
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+}.items():
+    os.environ.setdefault(name, value)
 import mlflow
 import numpy as np
 import pandas as pd
+import sqlalchemy.exc
 import torch
-from mlflow.entities import DatasetInput, InputTag
+from mlflow.data.code_dataset_source import CodeDatasetSource
+from mlflow.entities import DatasetInput, InputTag, Metric, Param
+from mlflow.tracking.context.registry import resolve_tags
 
-from datasets import Dataset
-from settings import SPLITS, DataSettings
-from store import Run, Store, TrackingError, reading_client, reason, tracking_uri
-from train import METRICS, Boundary, Evaluation
+from datasets import Dataset, make_dataset
+from results import FIGURES, Outcome, csv
+from settings import SPLITS, Cell, DataSettings
+from train import METRICS, Boundary, Trial, where
 
-DEMO_EXPERIMENT, TABLE_EXPERIMENT = "flooding-synth", "flooding-table"
+PATIENCE_SECONDS = 5.0  # how long a store that refuses runs is asked again at a time
+MAX_POINTS = 1000  # of metrics in one call, MLflow's limit
+HISTORY_FILE, BOUNDARY_FILE = "history.csv", "boundary.npz"  # what a demo's pictures come from
+
 # The first line is what the folded description shows. The UI opens at its page for language
-# models: the link goes to the charts.
+# models: the links go to the charts.
 DEMO_DESCRIPTION = """\
-[**Show the charts**]({charts}) of training with and without flooding, or \
-[**means over the trials**]({means}) by flood level.
+[**Show the charts**]({charts}) of training with and without flooding, or the last demo's \
+[**means over its trials**]({means}) by flood level.
 
-By `run_demo_synth.py`. Each run is one flood level b of one trial; the tag `demo` ties the runs of
-one demo together, and the chosen level is marked in its name. `train/loss_noisy` goes to zero
-without flooding and floats around b with it; `test/loss_clean` and `test/accuracy_clean` show what
-that does on the true labels. `_noisy` is against the labels as they are given, a part of them
-flipped, `_clean` against the true ones.
+By `run_demo_synth.py`. Each run is one flood level of one trial; the tag `demo` ties the runs of a
+demo together, and the level that a trial chose is marked in its name. `_noisy` is against the
+labels as they are given, a part of them flipped, `_clean` against the true ones.
 """
 TABLE_DESCRIPTION = """\
-[**Show the charts**]({means}) of the paper's synthetic table: scores against the flood level, \
-means over the trials, a curve a data set and label noise.
+[**Show the charts**]({means}) of the last synthetic table: means over the trials, a curve a data \
+set and label noise.
 
-By `run_table_synth.py`. Each run is a cell: one trial of one setting. Its curves go over the flood
-levels, not over time: step k is the k-th level, 0, 0.01, 0.02, ... by default. `last_epoch` is
-without, `early` with early stopping. A run named `table` has the finished table as its artifacts.
+By `run_table_synth.py`. Each run is a cell, one trial of one setting, that was trained here; the
+tag `table` ties those of a table together. Its curves go over the flood levels, not over time:
+step k is the k-th level. `last_epoch` is without, `early` with early stopping. A run named `table
+of ...` has the finished table as its artifacts.
 """
-MEANS = "means"  # the key of the saved view that shows them
-DEMO_NOTE = "The whole demo, of which this run is one flood level of one trial:"
-CELL_FILE = "cell.csv"
-BOUNDARY_FILE = "boundary.npz"  # what `synth_boundary.png` is drawn from
 
 
-def metric_name(name: str) -> str:
-    """Return a metric's name in MLflow, where what is before the slash makes a section."""
-    return name.replace("_", "/", 1)
+class TrackingError(Exception):
+    """The tracking store cannot be reached, or lacks what is asked of it."""
 
 
-def experiment_tags(description: str, group_by: str) -> Callable[[str], dict[str, str]]:
-    """Return what makes an experiment's tags from its id: its description, and a saved view.
-
-    The view, which MLflow's own "share" button makes too, has the means over all runs that have
-    the parameter `group_by` in common; an address cannot say that.
-    """
-
-    def tags(experiment_id: str) -> dict[str, str]:
-        keys = [{"mode": "param", "groupByData": group_by}]
-        state = {"groupBy": {"aggregateFunction": "average", "groupByKeys": keys}}
-        now = int(time.time() * 1000)
-        view = {"name": f"means by {group_by}", "createdAt": now, "updatedAt": now}
-        charts, means = (_page(experiment_id, more) for more in ("", f"viewStateShareKey={MEANS}"))
-        return {
-            "mlflow.note.content": description.format(charts=charts, means=means),
-            "mlflow.experimentKind": "custom_model_development",
-            f"mlflow.sharedViewState.{MEANS}": json.dumps({**view, "state": json.dumps(state)}),
-        }
-
-    return tags
+def tracking_uri() -> str:
+    """Return where the runs are kept: MLFLOW_TRACKING_URI, else SQLite in the current folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
-def _page(experiment_id: str, more: str) -> str:
-    """The charts of an experiment, on whatever server shows it."""
-    charts = "workflowType=machine_learning&compareRunsMode=CHART"
-    return f"#/experiments/{experiment_id}/runs?{charts}{'&' * bool(more)}{more}"
-
-
-def how_to_look(store: Store, more: str) -> list[str]:
-    """Return the lines that tell how to see an experiment's charts in a browser.
-
-    `more` narrows them down, as a part of the address.
-    """
+def store_name() -> str:
+    """Return what to call the store: its address only where that surely has no password."""
     uri = tracking_uri()
-    if uri.startswith("http"):
-        shown = re.sub(r"//\S*@", "//", uri).rstrip("/")
-        return [f"Charts: {shown}/{_page(store.experiment_id, more)}"]
-    if uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///")).absolute()
-        shown = shlex.quote(f"sqlite:///{path}")
-    else:
-        shown = '"$MLFLOW_TRACKING_URI"'  # may have a password
-    command = f"{shlex.quote(sys.executable)} -m mlflow ui --workers 1 --backend-store-uri {shown}"
-    return [
-        f"Charts: {command}",
-        f"and open http://127.0.0.1:5000/{_page(store.experiment_id, more)}",
-    ]
+    return "MLFLOW_TRACKING_URI" if set(uri) & set("@?;") else f"MLFLOW_TRACKING_URI {uri}"
 
 
-def _level_name(level: float) -> str:
-    return f"b = {level:g}" if level else "no flooding"
+def reason(error: BaseException) -> str:
+    """Return what the operating system or the database says; other texts may have a password."""
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, OSError) and cause.strerror:  # "Connection refused"
+            return cause.strerror
+        if isinstance(cause, sqlalchemy.exc.DBAPIError):
+            return str(cause.orig).splitlines()[0]
+        if isinstance(cause, (ImportError, sqlalchemy.exc.NoSuchModuleError)):  # of a driver
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return getattr(error, "error_code", None) or type(error).__name__
 
 
-def environment_tags(device: torch.device) -> dict[str, str]:
-    """Return what the run ran on: versions, device and, in a git checkout, the commit."""
-    on_gpu = device.type == "cuda"
-    tags = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "mlflow.source.name": Path(sys.argv[0]).name,
-        "device": f"cuda ({torch.cuda.get_device_name(device)})" if on_gpu else device.type,
-    }
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep what MLflow logs, of migrations or of a locked database, from the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-        )
-    except OSError:  # git is not installed
-        return tags
-    if commit.returncode == 0:
-        tags["mlflow.source.git.commit"] = commit.stdout.strip()
-    return tags
+        yield
+    finally:
+        logging.disable(before)
 
 
-def dataset_inputs(settings: DataSettings, seed: int, data: Dataset) -> list[DatasetInput]:
-    """Return what MLflow shows of a data set: of each split its name, size and digest."""
+class Experiment:
+    """An experiment of the tracking store, made if it is not there.
+
+    Args:
+        name: its name.
+        description: Markdown, with places for the address of its `charts` and of their `means`.
+        tie: name and value of the tag of this demo's or this table's runs.
+        group_by: the parameter by which means are taken. They are a view that is saved under the
+            tie's value, as MLflow's own "share" button does it; an address cannot say that.
+
+    Raises:
+        TrackingError: the store cannot be reached.
+    """
+
+    def __init__(self, name: str, description: str, tie: tuple[str, str], group_by: str) -> None:
+        self._tie, self._query = dict([tie]), f"tags.{tie[0]} = '{tie[1]}'"
+        self._pending: deque[Callable[[], None]] = deque()
+        keys = [{"mode": "param", "groupByData": group_by}]
+        group = {"aggregateFunction": "average", "groupByKeys": keys}
+        state = json.dumps({"searchFilter": self._query, "groupBy": group})
+        now = int(time.time() * 1000)
+        view = {"name": f"means by {group_by}", "createdAt": now, "updatedAt": now, "state": state}
+        # SQLAlchemy, the HTTP client and the file system have errors of their own.
+        try:
+            with _quietly():
+                mlflow.set_tracking_uri(tracking_uri())
+                self._id = mlflow.set_experiment(name).experiment_id
+                runs = f"#/experiments/{self._id}/runs"
+                charts = f"{runs}?workflowType=machine_learning&compareRunsMode=CHART"
+                self._charts = f"{charts}&searchFilter={quote(self._query)}"
+                self._means = f"{charts}&viewStateShareKey={tie[1]}"
+                mlflow.set_experiment_tags(
+                    {
+                        "mlflow.note.content": description.format(charts=charts, means=self._means),
+                        "mlflow.experimentKind": "custom_model_development",
+                        f"mlflow.sharedViewState.{tie[1]}": json.dumps(view),
+                    }
+                )
+        except Exception as error:
+            raise TrackingError(f"{store_name()}: {reason(error)}") from error
+
+    def how_to_look(self, means: bool) -> str:
+        """Return how to see this demo's or this table's charts in a browser, or their means."""
+        page, uri = self._means if means else self._charts, tracking_uri()
+        if uri not in store_name():
+            uri = "$MLFLOW_TRACKING_URI"
+        elif uri.startswith("sqlite:///"):
+            uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+        if tracking_uri().startswith("http"):
+            return f"Charts: {uri.rstrip('/')}/{page}"
+        command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri"]
+        shown = f'"{uri}"' if uri.startswith("$") else shlex.quote(uri)
+        return f"Charts: {shlex.join(command)} {shown}\nand open http://127.0.0.1:5000/{page}"
+
+    def log(self, *run: object) -> None:
+        """Write a run, see `_write`, and those that the store has not taken before; never fails."""
+        self._pending.append(functools.partial(self._write, *run))
+        self._flush()
+
+    def finish(self) -> None:
+        """Try once more what the store has not taken.
+
+        Raises:
+            TrackingError: it still does not; says how much is missing, and why.
+        """
+        error = self._flush()
+        if error:
+            missing, why = len(self._pending), reason(error)
+            raise TrackingError(f"{store_name()}: {missing} runs are missing there: {why}")
+
+    def _flush(self) -> Exception | None:
+        """Write what is pending; returns the last error if the store does not take all of it."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self._pending:
+            write = self._pending.popleft()
+            try:
+                with _quietly():
+                    write()
+            except Exception as error:  # of whatever the store is made of
+                self._pending.append(write)  # behind the others: it may be refused alone
+                if time.monotonic() > deadline:
+                    return error
+                time.sleep(0.2)
+        return None
+
+    def _write(
+        self, name: str, times: tuple[float, float], parameters: Mapping[str, object],
+        tags: Mapping[str, str], files: Mapping[str, bytes],
+        curves: pd.DataFrame, datasets: Sequence[DatasetInput],
+    ) -> None:  # fmt: skip
+        """Write a run that began and ended at these times, in seconds since 1970.
+
+        `curves` has a column a metric, by step; `files` are the run's artifacts by their names.
+        """
+        client = mlflow.MlflowClient()
+        started, ended = (int(1000 * time) for time in times)
+        tags = {**resolve_tags(), **self._tie, **tags}
+        run_id = client.create_run(self._id, started, tags, name).info.run_id
+        try:
+            params = [Param(key, str(value)) for key, value in parameters.items()]
+            client.log_batch(run_id, params=params)
+            client.log_inputs(run_id, list(datasets))
+            points = [
+                Metric(metric, float(value), ended, step)
+                for metric, curve in curves.items()
+                for step, value in curve.items()
+            ]
+            for start in range(0, len(points), MAX_POINTS):
+                client.log_batch(run_id, points[start : start + MAX_POINTS])
+            with tempfile.TemporaryDirectory() as folder:
+                for file, content in files.items():
+                    (Path(folder) / file).write_bytes(content)
+                client.log_artifacts(run_id, folder)
+            client.set_terminated(run_id, "FINISHED", ended)
+        except BaseException:  # Ctrl-C too
+            client.delete_run(run_id)
+            raise
+
+
+class DemoLog(Experiment):
+    """One demo in MLflow: a run a flood level of each trial, and one for several trials' result."""
+
+    def __init__(
+        self, data: DataSettings, parameters: Mapping[str, object], device: torch.device
+    ) -> None:
+        tie = "demo", secrets.token_hex(4)
+        super().__init__("flooding-synth", DEMO_DESCRIPTION, tie, "flood_level")
+        self._data, self._parameters, self._where = data, parameters, where(device)
+
+    def trial(self, trial: Trial, outcome: Outcome, pictures: Mapping[str, bytes]) -> None:
+        """Log a trial's runs."""
+        datasets = describe_datasets(self._data, trial.seed, trial.data)
+        for level, rows in trial.history.groupby("flood_level"):
+            name = f"b = {level:g}" if level else "no flooding"
+            chosen = level == outcome.chosen
+            curves = rows.set_index("epoch")[list(METRICS)]
+            curves.columns = [name.replace("_", "/", 1) for name in METRICS]  # makes sections
+            tags = {"chosen": "yes" if chosen else "no", "mlflow.runColor": outcome.colors[level]}
+            self.log(
+                f"{name} (chosen)" if chosen else name, (trial.started, trial.ended),
+                {**self._parameters, "seed": trial.seed, "flood_level": level},
+                {**self._where, **_note(outcome), **tags},
+                {**_demo_files(outcome), **pictures}, curves, datasets,
+            )  # fmt: skip
+
+    def result(self, outcome: Outcome, pictures: Mapping[str, bytes], started: float) -> None:
+        """Log what several trials come to, as a run of its own."""
+        name, times = f"result of {self._parameters['trials']} trials", (started, time.time())
+        tags, files = {**self._where, **_note(outcome)}, {**_demo_files(outcome), **pictures}
+        self.log(name, times, self._parameters, tags, files, pd.DataFrame(), ())
+
+
+class TableLog(Experiment):
+    """The table's cells that are trained here, a run each, and the finished table's files.
+
+    `shared` and `flood_levels` are what all cells of the table have in common.
+    """
+
+    def __init__(self, shared: Mapping[str, object], flood_levels: Sequence[float]) -> None:
+        text = json.dumps([*flood_levels, *map(str, shared.items())])
+        tie = "table", hashlib.sha256(text.encode()).hexdigest()[:8]
+        super().__init__("flooding-table", TABLE_DESCRIPTION, tie, "setting")
+        self._shared = shared
+        self.commit = resolve_tags().get("mlflow.source.git.commit", "")
+
+    def cell(self, cell: Cell, rows: pd.DataFrame, times: tuple[float, float]) -> None:
+        """Log a cell's scores, a row a stopping and flood level, as curves over the levels."""
+        setting = f"{cell.dataset}, noise {cell.label_noise:g}"
+        curves = {
+            f"{stopping.replace(' ', '_')}/{name}": curve
+            for stopping, of_stopping in rows.groupby("stopping", sort=False)
+            for name, curve in of_stopping[FIGURES].reset_index(drop=True).items()
+        }
+        self.log(
+            str(cell), times, {**asdict(cell), **self._shared, "setting": setting},
+            rows[["torch", "device"]].iloc[0].to_dict(), {}, pd.DataFrame(curves),
+            describe_datasets(cell, cell.seed, make_dataset(cell, cell.seed)),
+        )  # fmt: skip
+
+    def table(self, name: str, files: Mapping[str, bytes], started: float) -> None:
+        """Keep a finished table's files in a run of their own."""
+        self.log(name, (started, time.time()), self._shared, {}, files, pd.DataFrame(), ())
+
+
+def describe_datasets(settings: DataSettings, seed: int, data: Dataset) -> list[DatasetInput]:
+    """Return what MLflow shows of a data set: of each split its name, shape and digest."""
+    names = [field.name for field in fields(DataSettings)]
+    source = CodeDatasetSource({**{n: getattr(settings, n) for n in names}, "seed": seed})
     inputs = []
-    for name in SPLITS:
+    for name, context in zip(SPLITS, ("train", "validation", "test")):
         split = getattr(data, name)
-        digest = hashlib.sha256()
-        for array in asdict(split).values():
-            digest.update(array.tobytes())
-        samples, features = split.inputs.shape
-        columns = [
-            *({"type": "float", "name": f"x{i + 1}", "required": True} for i in range(features)),
-            *({"type": "long", "name": n, "required": True} for n in ("label", "clean_label")),
-        ]
-        dataset = mlflow.entities.Dataset(
+        dataset = mlflow.data.from_numpy(
+            split.inputs,
+            source=source,
+            targets={"label": split.labels, "clean_label": split.clean_labels},
             name=f"{settings.dataset}, label noise {settings.label_noise:g}",
-            digest=digest.hexdigest()[:8],
-            source_type="code",
-            source=json.dumps({"make_dataset": asdict(settings), "seed": seed}),
-            schema=json.dumps({"mlflow_colspec": columns}),
-            profile=json.dumps({"num_rows": samples, "num_elements": samples * features}),
         )
-        context = {"train": "train", "val": "validation", "test": "test"}[name]
-        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
+        tags = [InputTag("mlflow.data.context", context)]
+        inputs.append(DatasetInput(dataset._to_mlflow_entity(), tags))
     return inputs
 
 
-class DemoLog:
-    """One demo in MLflow: a run a flood level of each trial."""
-
-    def __init__(
-        self,
-        store: Store,
-        parameters: Mapping[str, object],
-        flood_levels: Sequence[float],
-        device: torch.device,
-    ) -> None:
-        self._store, self._parameters, self._levels = store, parameters, flood_levels
-        demo = secrets.token_hex(4)
-        self._tags = {"demo": demo, **environment_tags(device)}
-        self._query = f"tags.demo = '{demo}'"
-        self._runs: list[dict[float, Run]] = []  # of each trial, by flood level
-
-    def start_trial(self, settings: DataSettings, seed: int, data: Dataset) -> None:
-        """Start a trial's runs."""
-        datasets, runs = dataset_inputs(settings, seed, data), {}
-        for level in self._levels:
-            parameters = {**self._parameters, "seed": seed, "flood_level": level}
-            runs[level] = self._store.start(_level_name(level), parameters, self._tags, datasets)
-        self._runs.append(runs)
-
-    def evaluation(self, evaluation: Evaluation) -> None:
-        """Log an evaluation of the trial that was started last."""
-        for model, level in enumerate(self._levels[evaluation.models]):
-            metrics = {metric_name(k): values[model] for k, values in evaluation.metrics.items()}
-            self._store.log_metrics(self._runs[-1][level], metrics, evaluation.epoch)
-
-    def result(
-        self,
-        summary: str,
-        chosen: float,
-        colors: Mapping[float, str],
-        pictures: Sequence[Path],
-        boundary: Boundary | None,
-    ) -> None:
-        """Mark the chosen level, describe and colour the runs, and end them.
-
-        The pictures hang on every run of the first trial; what the boundary is drawn from, with
-        the first of them.
-        """
-        for runs in self._runs:
-            for level, run in runs.items():
-                tags = {
-                    "mlflow.runColor": colors[level],
-                    "mlflow.note.content": f"{DEMO_NOTE}\n```\n{summary}\n```\n",
-                    "chosen": "yes" if level == chosen else "no",
-                }
-                if level == chosen:
-                    tags["mlflow.runName"] = f"{_level_name(level)} (chosen)"
-                self._store.set_tags(run, tags)
-        for run in self._runs[0].values():
-            for path in pictures:
-                self._store.log_file(run, path)
-        if boundary:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / BOUNDARY_FILE
-                np.savez_compressed(path, **vars(boundary))
-                self._store.log_file(next(iter(self._runs[0].values())), path)
-        for runs in self._runs:
-            for run in runs.values():
-                self._store.end(run)
-
-    def how_to_look(self) -> list[str]:
-        """Return the lines that tell how to see this demo's runs in a browser.
-
-        Several trials are shown as means, over all demos: the charts hold ten runs at first.
-        """
-        one = f"searchFilter={quote(self._query)}"
-        more = one if len(self._runs) == 1 else f"viewStateShareKey={MEANS}"
-        return how_to_look(self._store, more)
+def _note(outcome: Outcome) -> dict[str, str]:
+    return {"mlflow.note.content": f"```\n{outcome.summary}\n```\n"}
 
 
-def load_demo(
-    run_id: str,
-) -> tuple[pd.DataFrame, dict[str, str], Boundary | None]:
-    """Read a demo back: its history, its parameters and what its boundary is drawn from.
+def _demo_files(outcome: Outcome) -> dict[str, bytes]:
+    """What `load_demo` reads."""
+    files = {HISTORY_FILE: csv(outcome.history)}
+    if outcome.boundary:
+        np.savez_compressed(content := io.BytesIO(), **vars(outcome.boundary))
+        files[BOUNDARY_FILE] = content.getvalue()
+    return files
 
-    `run_id` is any of the demo's runs. The history has a row a `seed`, `flood_level` and `epoch`;
-    of a demo that was stopped it has the epochs that all of its models were evaluated in.
+
+def load_demo(run_id: str) -> tuple[pd.DataFrame, dict[str, str], Boundary | None]:
+    """Read a run's demo back: its history, its parameters and what its boundary is drawn from.
+
+    The history has a row a `seed`, `flood_level` and `epoch`: of all trials in the run that has
+    a demo's result, else of the run's own trial.
 
     Raises:
-        TrackingError: there is no such run, or it is no demo with an evaluation of all models.
+        TrackingError: there is no such run, or it is not a demo's.
     """
+    uri = tracking_uri()
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    if uri.startswith("sqlite:///") and not Path(path).exists():  # MLflow would make it
+        raise TrackingError(f"there is no {path}")
     try:
-        client = reading_client()
-        run = client.get_run(run_id)
-        demo = run.data.tags.get("demo")
-        if demo is None:
-            raise TrackingError(
-                f"no demo, or one that an earlier version logged: '{run.info.run_name}'"
+        with _quietly(), tempfile.TemporaryDirectory() as folder:
+            client = mlflow.MlflowClient(uri)
+            run = client.get_run(run_id)
+            files = {file.path for file in client.list_artifacts(run_id)}
+            if HISTORY_FILE not in files:
+                raise TrackingError("no demo's run, or one that an earlier version logged")
+            history = pd.read_csv(
+                client.download_artifacts(run_id, HISTORY_FILE, folder), engine="pyarrow"
             )
-        runs = client.search_runs(
-            [run.info.experiment_id], f"tags.demo = '{demo}'", max_results=50_000
-        )
-        history, boundary = [], None
-        for run in runs:
-            curves = {
-                name: {
-                    point.step: point.value
-                    for point in client.get_metric_history(run.info.run_id, metric_name(name))
-                }
-                for name in METRICS
-            }
-            curve = pd.DataFrame(curves).rename_axis("epoch").reset_index().dropna()
-            parameters = run.data.params
-            curve.insert(0, "seed", int(parameters["seed"]))
-            curve.insert(1, "flood_level", float(parameters["flood_level"]))
-            history.append(curve)
-            if any(file.path == BOUNDARY_FILE for file in client.list_artifacts(run.info.run_id)):
-                with tempfile.TemporaryDirectory() as folder:
-                    path = client.download_artifacts(run.info.run_id, BOUNDARY_FILE, folder)
-                    boundary = Boundary(**np.load(path))
+            boundary = None
+            if BOUNDARY_FILE in files:
+                with np.load(client.download_artifacts(run_id, BOUNDARY_FILE, folder)) as arrays:
+                    boundary = Boundary(**arrays)
     except TrackingError:
         raise
     except Exception as error:  # of whatever the store is made of
         raise TrackingError(f"it cannot be read: {reason(error)}") from error
-    history = pd.concat(history).sort_values(["seed", "flood_level", "epoch"])
-    # A demo that was stopped has not got equally far with all its levels.
-    models = history.groupby(["seed", "flood_level"]).ngroups
-    history = history[history.groupby("epoch").epoch.transform("size") == models]
-    if models < len(runs) or history.empty:
-        raise TrackingError("a demo that was stopped before its first evaluation")
-    first = min(int(run.data.params["seed"]) for run in runs)
-    return history, {**parameters, "seed": str(first)}, boundary
-
-
-class TableLog:
-    """The table's cells in MLflow.
-
-    A cell is known by its parameters and flood levels: one that is FINISHED in the store is not
-    trained again, whichever table it was trained for.
-    """
-
-    def __init__(self, store: Store, flood_levels: Sequence[float], device: torch.device) -> None:
-        self._store, self._levels = store, list(flood_levels)
-        self._tags = environment_tags(device)
-        self._cells: list[tuple[Run, pd.DataFrame]] = []
-
-    def _key(self, parameters: Mapping[str, object]) -> str:
-        text = json.dumps([self._levels, {k: str(v) for k, v in sorted(parameters.items())}])
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-    def _find(self, parameters: Mapping[str, object], status: str) -> list[mlflow.entities.Run]:
-        return self._store.ask(f"tags.cell_key = '{self._key(parameters)}' and status = '{status}'")
-
-    def finished(self, parameters: Mapping[str, object]) -> bool:
-        """Whether the store has this cell, as far as it answers."""
-        return bool(self._find(parameters, "FINISHED"))
-
-    def start(
-        self, name: str, parameters: Mapping[str, object], datasets: Sequence[DatasetInput]
-    ) -> Run:
-        """Start the run of a cell; one that was left RUNNING when it was killed ends KILLED."""
-        for left in self._find(parameters, "RUNNING"):
-            self._store.write(self._store.client.set_terminated, left.info.run_id, "KILLED")
-        setting = f"{parameters['dataset']}, noise {parameters['label_noise']:g}"
-        tags = {**self._tags, "cell_key": self._key(parameters)}
-        return self._store.start(name, {**parameters, "setting": setting}, tags, datasets)
-
-    def finish(self, run: Run, parameters: Mapping[str, object], rows: pd.DataFrame) -> None:
-        """Log a cell's scores, a row a stopping and flood level, as curves and as `cell.csv`."""
-        for stopping, of_stopping in rows.groupby("stopping", sort=False):
-            figures = of_stopping.drop(columns=["stopping", "flood_level"])
-            for step, row in enumerate(figures.to_dict("records")):
-                section = stopping.replace(" ", "_")
-                metrics = {f"{section}/{name}": value for name, value in row.items()}
-                self._store.log_metrics(run, metrics, step)
-        cell = pd.DataFrame({**parameters, **rows.to_dict("series")})
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / CELL_FILE
-            cell.to_csv(path, index=False)
-            self._store.log_file(run, path)
-        self._store.end(run)
-        self._cells.append((run, cell))
-
-    def unlogged(self) -> pd.DataFrame | None:
-        """Return the finished cells that the store has not got, if there are any."""
-        cells = [cell for run, cell in self._cells if not run.ended]
-        return pd.concat(cells) if cells else None
-
-    def load(self, cells: Sequence[Mapping[str, object]]) -> pd.DataFrame:
-        """Read the cells with these parameters back.
-
-        Raises:
-            TrackingError: the store does not answer, or has not got one of them.
-        """
-        loaded = []
-        try:
-            runs = self._store.search("tags.cell_key != '' and status = 'FINISHED'")
-            runs = {run.data.tags["cell_key"]: run.info.run_id for run in runs}
-            for parameters in cells:
-                run_id = runs[self._key(parameters)]
-                with tempfile.TemporaryDirectory() as folder:
-                    path = self._store.client.download_artifacts(run_id, CELL_FILE, folder)
-                    loaded.append(pd.read_csv(path, engine="pyarrow"))
-        except KeyError as error:
-            raise TrackingError(f"the store has lost a cell: {parameters}") from error
-        except Exception as error:  # of whatever the store is made of
-            raise TrackingError(f"the cells cannot be read back: {reason(error)}") from error
-        return pd.concat(loaded, ignore_index=True)
-
-    def table(self, name: str, paths: Sequence[Path]) -> None:
-        """Keep a finished table's files in a run of their own."""
-        run = self._store.start(name, {}, self._tags)
-        for path in paths:
-            self._store.log_file(run, path)
-        self._store.end(run)
+    return history, run.data.params, boundary

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from datasets import Dataset, Split
 from flooding import flood
 from models import MLP, StackedMLP, folded_logits, with_constant
-from settings import SCORES, SPLITS, STOPPINGS, TrainSettings, check_flood_level
+from settings import SCORES, SPLITS, STOPPINGS, TrainSettings, check, check_flood_level
 
 # What benchmarks/bench_train.py found fastest on CPUs; the values for GPUs are not measured.
 # Examples times models that go through the evaluation at a time: the activations should stay in
@@ -35,16 +37,53 @@ class DivergenceError(ArithmeticError):
 class Evaluation:
     """The models of one group after one epoch.
 
-    `models` says which of the flood levels they are. `metrics` holds an array [k] for each of
-    the names in METRICS whose split was asked for: losses are means in nats, accuracies and
+    `metrics` has a row a model: its `flood_level`, the `epoch`, and those of the METRICS whose
+    split was asked for. Losses are means in nats, accuracies are fractions, and so is
     `train_flooded_fraction`, the share of the epoch's mini-batches whose loss was below the
-    flood level, are fractions. `folded` are the networks, for `folded_logits`.
+    flood level. `folded` are the networks, for `folded_logits`.
     """
 
-    models: slice
     epoch: int
-    metrics: dict[str, np.ndarray]
+    metrics: pd.DataFrame
     folded: list[Tensor]
+
+    def networks(self) -> dict[float, list[Tensor]]:
+        """Return each flood level's network, folded, as a stack of one."""
+        levels = self.metrics.flood_level
+        return {
+            level: [matrix[k, None] for matrix in self.folded] for k, level in enumerate(levels)
+        }
+
+
+def prepare_process(device: str) -> torch.device:
+    """Set up this process for fast training; for a script to call once, before any tensor.
+
+    Flushes denormal numbers to zero: the gradients of a model that reaches zero training loss
+    are full of them, and the CPU multiplies them many times slower. Keeps freed memory: glibc
+    would return the gradients' memory to the system after each step and fetch it anew, page by
+    page, in the next, at the cost of the products themselves.
+
+    Args:
+        device: "auto", a GPU where there is one, "cpu" or "cuda".
+
+    Raises:
+        SettingError: the device is not there.
+    """
+    on_gpu = torch.cuda.is_available()
+    check(device != "cuda" or on_gpu, "device", device, "not on this machine, which has cpu")
+    torch.set_flush_denormal(True)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+    return torch.device("cpu" if device == "cpu" or not on_gpu else "cuda")
+
+
+def where(device: torch.device) -> dict[str, str]:
+    """Return what figures were computed with and on."""
+    on_gpu = device.type == "cuda"
+    name = f"cuda ({torch.cuda.get_device_name(device)})" if on_gpu else device.type
+    return {"torch": torch.__version__, "device": name}
 
 
 def train(
@@ -55,14 +94,16 @@ def train(
     device: torch.device,
     generator: torch.Generator,
     splits: Sequence[str] = SPLITS,
+    eval_every: int = 1,
     on_epoch: Callable[[], object] = lambda: None,
 ) -> Iterator[Evaluation]:
-    """Train a copy of `network` for each flood level; yield an `Evaluation` every `eval_every`.
+    """Train a copy of `network` for each flood level; yield an `Evaluation` of every epoch.
 
     All models share the data, the initial weights and the order of the mini-batches, which
     `generator` (on the CPU) draws. Each of the `splits` is scored in evaluation mode against
-    noisy and clean labels, also before the first epoch (epoch 0). [released code] A mini-batch
-    is `batch_size` examples, the last of an epoch what is left.
+    noisy and clean labels, also before the first epoch (epoch 0). [released code] With
+    `eval_every` > 1 epochs between are left out, the last one never. A mini-batch is
+    `batch_size` examples, the last of an epoch what is left.
 
     As many models train together as the device likes, one group after the other. `on_epoch()`
     is called after every epoch of every group, `count_epochs` times.
@@ -78,24 +119,24 @@ def train(
     start = generator.get_state()
     for models in _groups(len(flood_levels), device):
         generator.set_state(start)
-        levels = torch.tensor(flood_levels[models], dtype=torch.float32, device=device)
+        group = list(flood_levels[models])
+        levels = torch.tensor(group, dtype=torch.float32, device=device)
         stack = StackedMLP(network, len(levels), device)
         evaluated = [EvaluationSplit(name, getattr(data, name), device) for name in splits]
-        for epoch, batch_losses, flooded in _train_epochs(
+        for epoch, batch_losses, flooded in train_epochs(
             stack, data.train, levels, settings, generator
         ):
             metrics = {"mini-batch loss": batch_losses}
-            if due := epoch % settings.eval_every == 0 or epoch == settings.epochs:
+            if due := epoch % eval_every == 0 or epoch == settings.epochs:
                 folded = stack.fold()
                 for split in evaluated:
                     metrics |= split.scores(folded)
                 metrics["train_flooded_fraction"] = flooded
-            metrics = _fetch(metrics, epoch, flood_levels[models], settings)
+            metrics = _fetch(metrics, epoch, group, settings)
             if epoch > 0:
                 on_epoch()
             if due:
-                del metrics["mini-batch loss"]
-                yield Evaluation(models, epoch, metrics, folded)
+                yield Evaluation(epoch, metrics.drop(columns="mini-batch loss"), folded)
 
 
 def count_epochs(flood_levels: Sequence[float], epochs: int, device: torch.device) -> int:
@@ -110,7 +151,7 @@ def _groups(models: int, device: torch.device) -> list[slice]:
     return [slice(*ends[group : group + 2]) for group in range(groups)]
 
 
-def _train_epochs(
+def train_epochs(
     stack: StackedMLP,
     split: Split,
     levels: Tensor,
@@ -149,6 +190,22 @@ def _train_epochs(
         yield epoch, loss_sum / len(batches), flooded / len(batches)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A trial of the demo that is over, from `started` to `ended` in seconds since 1970.
+
+    `history` has a row a `seed`, `flood_level` and `epoch` with the METRICS; `networks` are the
+    last epoch's, folded, by flood level.
+    """
+
+    seed: int
+    data: Dataset
+    history: pd.DataFrame
+    networks: dict[float, list[Tensor]]
+    started: float
+    ended: float
+
+
 class EvaluationSplit:
     """A split on the device, ready to score K folded networks."""
 
@@ -183,21 +240,25 @@ def _fetch(
     epochs: int | np.ndarray,
     flood_levels: Sequence[float],
     settings: TrainSettings,
-) -> dict[str, np.ndarray]:
-    """Bring metrics from the device, at one go, and check that all of them are finite.
+) -> pd.DataFrame:
+    """Bring metrics from the device, at one go: a row a model with its `flood_level` and `epoch`.
 
     `epochs` says after which epoch they were measured, of all models or of each, [K].
+
+    Raises:
+        DivergenceError: one of them is not finite.
     """
     values = torch.stack([value.double() for value in metrics.values()]).cpu().numpy()
-    metrics = dict(zip(metrics, values))
-    for name, of_models in metrics.items():
-        for model in np.flatnonzero(~np.isfinite(of_models)):
-            epoch = np.broadcast_to(epochs, len(of_models))[model]
-            raise DivergenceError(
-                f"flood level {flood_levels[model]:g}: {name} is {of_models[model]} in epoch "
-                f"{epoch}, with learning rate {settings.learning_rate:g}"
-            )
-    return metrics
+    fetched = pd.DataFrame(
+        {"flood_level": flood_levels, "epoch": epochs, **dict(zip(metrics, values))}
+    )
+    for metric, model in np.argwhere(~np.isfinite(values)):
+        row = fetched.iloc[model]
+        raise DivergenceError(
+            f"flood level {row.flood_level:g}: {list(metrics)[metric]} is {values[metric, model]} "
+            f"in epoch {row.epoch:g}, with learning rate {settings.learning_rate:g}"
+        )
+    return fetched
 
 
 def train_with_early_stopping(
@@ -216,11 +277,11 @@ def train_with_early_stopping(
     scored and the SCORES of the validation and the test split. Raises what `train` raises.
     """
     rows: dict[str, list[pd.DataFrame]] = {LAST_EPOCH: [], EARLY: []}
-    evaluations = train(
-        network, data, flood_levels, settings, device, generator, ("val",), on_epoch
-    )
-    for now in evaluations:
-        accuracy = now.metrics["val_accuracy_noisy"]
+    splits = [EvaluationSplit(name, getattr(data, name), device) for name in SPLITS[1:]]
+    for now in train(
+        network, data, flood_levels, settings, device, generator, ("val",), on_epoch=on_epoch
+    ):
+        accuracy = now.metrics.val_accuracy_noisy.to_numpy()
         if now.epoch == 0:
             best_folded = now.folded
             best_accuracy, best_epoch = np.full_like(accuracy, -1), np.zeros(len(accuracy), int)
@@ -231,17 +292,15 @@ def train_with_early_stopping(
             for best, matrix in zip(best_folded, now.folded):
                 best[index] = matrix[index]
         if now.epoch == settings.epochs:
-            levels = list(flood_levels[now.models])
-            splits = [EvaluationSplit(name, getattr(data, name), device) for name in SPLITS[1:]]
             last_epoch = np.full_like(best_epoch, now.epoch)
             for stopping, epochs, folded in (
                 (LAST_EPOCH, last_epoch, now.folded),
                 (EARLY, best_epoch, best_folded),
             ):
                 scores = {k: v for split in splits for k, v in split.scores(folded).items()}
-                scores = _fetch(scores, epochs, levels, settings)
-                columns = {"stopping": stopping, "flood_level": levels, "epoch": epochs, **scores}
-                rows[stopping].append(pd.DataFrame(columns))
+                scored = _fetch(scores, epochs, now.metrics.flood_level, settings)
+                scored.insert(0, "stopping", stopping)
+                rows[stopping].append(scored)
     return pd.concat([*rows[LAST_EPOCH], *rows[EARLY]], ignore_index=True)
 
 

@@ -30,9 +30,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from arguments import Parser
+from process import prepare_process
+
 from datasets import Dataset, Split, make_dataset
 from models import MLP, StackedMLP
-from process import prepare_process
 from settings import SPLITS, DataSettings, ModelSettings, TrainSettings
 from train import METRICS, Evaluation, _train_epochs, train
 
@@ -153,6 +154,7 @@ def plain_case(data: Dataset, device: torch.device) -> Case:
 def log_case(data: Dataset, device: torch.device) -> Case:
     """All that a demo of 200 epochs logs, into a new SQLite store, until it is written."""
     from store import Store
+
     from tracking import DEMO_EXPERIMENT, DemoLog
 
     settings = DataSettings("sinusoid2d", 0.1)

@@ -12,8 +12,8 @@ import mlflow
 import pytest
 import torch
 from conftest import PICTURES, SMALL, finish, one_line, wait_until
-
 from store import Store, TrackingError, without_password
+
 from tracking import DemoLog, TableLog, how_to_look, metric_name
 from train import METRICS
 
