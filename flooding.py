@@ -16,6 +16,7 @@ floats around b instead of sinking to zero. This file needs nothing but torch; c
     criterion = Flooding(torch.nn.CrossEntropyLoss(), 0.1)
     criterion(outputs := model(inputs), labels).backward()
     loss = criterion.criterion(outputs.detach(), labels)
+    criterion.eval()             # before validation: model.eval() does not reach the criterion
 
 Where the batch of one step comes in parts, by accumulation or on the ranks of DDP, flooding each
 part's mean is another method as soon as the parts lie on both sides of b; with parts of a single
@@ -30,6 +31,22 @@ of |J - b| + b is sign(J - b) times that of J: add up plain gradients, and J bes
     torch.distributed.all_reduce(mean.div_(ranks))   # DDP averages gradients, so average J
     flood_gradients(model.parameters(), mean, 0.1)   # unscale_ and clipping: before or after
     scaler.step(optimizer)
+
+That is exact for a plain mean over examples if `batch_size` is the same on every rank. With class
+weights or ignored labels, cross-entropy's mean divides by the sum of the weights of the labels that
+count. Take that sum over the whole batch (weights are 1 without any); sizes may differ then:
+
+    total = class_weights[torch.cat([labels[labels != -100] for _, labels in parts])].sum()
+    torch.distributed.all_reduce(total.div_(ranks))                               # before the loop
+    loss = cross_entropy(model(inputs), labels, class_weights, reduction="sum") / total     # in it
+
+In a Hugging Face trainer (5.24) the parts add up to J if the model divides its loss by
+`num_items_in_batch`, as most causal language models do. Most other models ignore it, and J and the
+gradient come out times the number of parts; give the trainer `compute_loss_func=mean_of_step` then.
+
+    def mean_of_step(outputs, labels, num_items_in_batch):
+        logits, labels = outputs.logits.flatten(0, -2), labels.flatten()
+        return cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
 
     class FloodingTrainer(transformers.Trainer):
         mean = 0.0
@@ -48,13 +65,10 @@ What goes wrong silently:
   above 0.500 (10 classes) or 0.291 (3), and penalties inside J come on top. Log the share of
   steps with J below b: 0 % means that b does nothing.
 - Weight decay in the optimizer is outside J and is not flooded.
-- `reduction="sum"` is no mean: the b that it needs grows with the batch.
-- J divided or scaled before `flood` meets a b of another size. Scale the flooded loss.
-- Half precision: 49 of the 2 001 values 0.09, 0.09001, ..., 0.11 are b = 0.1 itself in bfloat16,
-  where the gradient is zero. Flood in float32.
-- A Hugging Face trainer hands `compute_loss` an already divided loss, wrong to flood there, unless
-  `model_accepts_loss_kwargs = False`. Set that, with the `training_step` above too, for a model
-  that takes `**kwargs` but ignores `num_items_in_batch` (classifiers): else its J is a sum.
+- J summed, divided or scaled before `flood` meets a b of another size. Scale the flooded loss.
+- In bfloat16, 49 of the 2 001 values 0.09, 0.09001, ..., 0.11 equal b = 0.1. Flood in float32.
+- An infinite J leaves the gradients as they are. A NaN one multiplies them by zero, like J = b:
+  finite ones vanish, others are NaN, so that a GradScaler leaves out an overflowing step as ever.
 - The level is not in the state_dict: after loading a checkpoint, set it again.
 
 Choose b on validation data; 0 is training without flooding.
@@ -105,21 +119,30 @@ def flood_gradients(parameters: Iterable[Tensor], loss: Tensor, level: float | T
     Call it once a step, after the last `backward()`. It does not wait for the device.
 
     Args:
-        parameters: those to flood; one without a gradient is passed over.
+        parameters: the tensors to flood, such as `model.parameters()`; one without a gradient is
+            passed over. A rank may have none, or only frozen ones and empty shards: an error there
+            would leave the other ranks waiting.
         loss: J in nats, a scalar: the plain loss of the step's whole batch, whose gradient (or a
             positive multiple of it) is in `.grad`.
         level: the flood level b in nats, as for `flood`, but no vector. 0 changes nothing.
 
     Raises:
-        ValueError: loss or level is not as above, or no parameter has a gradient.
+        ValueError: an argument is not as above, a generator was used up before, or parameters
+            require gradients and none has one. That is a forgotten `backward()`, or a rank whose
+            parameters took no part in the step, which cannot be told apart: do not call it there.
     """
     _check_loss(loss, dimensions=0)
     _check_level(level, loss.shape)
-    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
+    if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
+        parameters = [parameters]
+    used_up = getattr(parameters, "gi_frame", parameters) is None  # a generator at its end
+    parameters = list(parameters)
+    if wrong := [type(each).__name__ for each in parameters if not isinstance(each, Tensor)]:
+        raise ValueError(f"flooding found a {wrong[0]}, no tensor: pass model.parameters()")
     # Each parameter once: twice would leave a tied weight's gradient as it was.
     gradients = [p.grad for p in dict.fromkeys(parameters) if p.grad is not None]
-    if not gradients:
-        raise ValueError("flooding found no gradient: backward() comes first, zero_grad() later")
+    if not gradients and (used_up or any(p.requires_grad and p.numel() for p in parameters)):
+        raise ValueError("flooding found no gradient: no backward() yet, or a used-up generator")
     if isinstance(level, Tensor) or level != 0:
         sign = (loss - level).sign()
         for gradient in gradients:
@@ -128,6 +151,9 @@ def flood_gradients(parameters: Iterable[Tensor], loss: Tensor, level: float | T
 
 class Flooding(nn.Module):
     """Wrap a criterion: flooded loss in training mode, plain in evaluation mode and `no_grad()`.
+
+    The mode is the criterion's own: unless it is a part of the model, `model.eval()` leaves it in
+    training mode, and a validation loss with gradients enabled is flooded. Call its `eval()` too.
 
     Args:
         criterion: any callable, `nn.Module` or not, that returns the scalar mean loss of a
@@ -172,7 +198,7 @@ def _check_loss(loss: Tensor, dimensions: int) -> None:
         found = f"shape {list(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else loss
         raise ValueError(
             f"flooding acts on the mean loss of a mini-batch, a scalar floating-point tensor, and "
-            f"the criterion returned {found!s:.60}: use reduction='mean', or take the mean"
+            f"got {found!s:.60}: pass the loss that reduction='mean' gives, not its item()"
         )
 
 

@@ -78,11 +78,11 @@ class StackedMLP:
     def _weights(self) -> list[str]:
         return [f"linears.{layer}.weight" for layer in range(len(self.network.linears))]
 
-    def losses(self, inputs: Tensor, labels: Tensor) -> Tensor:
+    def losses(self, inputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         """Return each model's mean cross-entropy in nats, [K], in training mode.
 
         All models see the same mini-batch, inputs [n, d] and labels [n]; batch-norm statistics
-        are updated.
+        are updated. With `reduction="none"` it is each example's cross-entropy, [K, n].
         """
 
         def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
@@ -90,7 +90,7 @@ class StackedMLP:
                 name: value.mT if name in weights else value for name, value in parameters.items()
             }
             logits = functional_call(self.network, (parameters, buffers), (inputs,))
-            return nn.functional.cross_entropy(logits, labels)
+            return nn.functional.cross_entropy(logits, labels, reduction=reduction)
 
         weights = self._weights
         return vmap(loss)(self.parameters, self.buffers)

@@ -115,7 +115,7 @@ def _draw_curves(
 ) -> Figure:
     figure = Figure(figsize=(9, 5.2))
     axes = figure.subplots()
-    figure.subplots_adjust(left=0.1, right=0.72, top=0.83, bottom=0.13)
+    figure.subplots_adjust(left=0.1, right=0.72, top=0.83, bottom=0.17)
     number = "{:.2f}".format if score == "loss" else "{:.1%}".format
     ends, bands = [], []
     for level, side, color in _sides(compared):
@@ -148,12 +148,28 @@ def _draw_curves(
     if compared and not chosen:
         title += " (validation chose no flooding)"
     _write_title(figure, title, parameters)
+    if score == "loss" and compared and str(parameters["batch_norm"]) == "True":
+        _explain_modes(figure, history[history.flood_level == compared], compared)
     figure.legend(
         [Line2D([], [], color=NEUTRAL_COLOR, linestyle=style) for style in (TRAIN_STYLE, "solid")],
         ["train, noisy labels", "test, clean labels"],
         loc="lower right", bbox_to_anchor=(0.995, 0.0), frameon=False, fontsize=9,
     )  # fmt: skip
     return figure
+
+
+def _explain_modes(figure: Figure, history: pd.DataFrame, level: float) -> None:
+    """Say why the curves part above the level: with batch norm, what is flooded is another loss."""
+    means = history.groupby("epoch")[["train_batch_loss", "train_loss_noisy"]].mean()
+    below = means.index[means.train_batch_loss < level]
+    if len(below):
+        evaluated = means.train_loss_noisy[means.index < below[0]].iloc[-1]
+        figure.text(
+            0.1, 0.015, f"Flooded is the loss in training mode, where batch norm uses the "
+            f"mini-batch's statistics. It falls below b\nin epoch {below[0]}, when the loss in "
+            f"evaluation mode, which the curves show, is still {evaluated:.2f}.",
+            fontsize=8, color=NEUTRAL_COLOR,
+        )  # fmt: skip
 
 
 def _limit(axes: Axes, score: str, bands: pd.DataFrame, epochs: int) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # apart, and the last three say where one was trained.
 CELL = [field.name for field in fields(Cell)]
 ORIGIN = ["commit", "torch", "device"]
+EARLIER = {"flood_on": "batch"}  # settings of the cells whose files do not say them
 FIGURES = ["epoch", *(f"{split}_{score}" for split in SPLITS[1:] for score in SCORES)]
 SETTING = ["dataset", "label_noise", "stopping"]  # a row of the paper's sub-tables A and B
 SIGNIFICANCE = 0.05  # of the adjusted p-value that sets a score in bold
@@ -46,14 +47,20 @@ class Outcome:
     boundary: Boundary | None
 
 
-def choose_flood_levels(scores: pd.DataFrame, labels: str, by: Sequence[str] = ()) -> pd.DataFrame:
+def choose_flood_levels(
+    scores: pd.DataFrame, labels: str, by: Sequence[str] = (), ties: str = "lower loss"
+) -> pd.DataFrame:
     """Return the row of the chosen flood level for each of the groups that the columns `by` make.
 
-    Chosen is the best accuracy on the "noisy" or "clean" validation `labels`; among equals the
-    lower validation loss, then the lower level. 0, no flooding, is a level like any other.
+    Chosen is the best accuracy on the "noisy" or "clean" validation `labels`. Among equals it is
+    the "lower loss" on them, then the lower level; or with other `ties` the "lowest" or the
+    "highest" level. 0, no flooding, is a level like any other.
     """
-    order = [f"val_accuracy_{labels}", f"val_loss_{labels}", "flood_level"]
-    best_first = scores.sort_values(order, ascending=[False, True, True], kind="stable")
+    order = {f"val_accuracy_{labels}": False}
+    if ties == "lower loss":
+        order[f"val_loss_{labels}"] = True
+    order["flood_level"] = ties != "highest"
+    best_first = scores.sort_values([*order], ascending=[*order.values()], kind="stable")
     return best_first.drop_duplicates(list(by)) if by else best_first.head(1)
 
 
@@ -73,7 +80,7 @@ def compared_level(history: pd.DataFrame, labels: str) -> tuple[float, float]:
 
 
 def summarize(history: pd.DataFrame, labels: str) -> str:
-    """Return a demo's result as text: a row a flood level, last-epoch scores on clean labels.
+    """Return a demo's result as text: a row a flood level with last-epoch scores.
 
     `history` has a row a `seed`, `flood_level` and `epoch`. One trial shows its figures and its
     chosen level, several their mean, standard deviation, and how many trials chose the level.
@@ -82,31 +89,36 @@ def summarize(history: pd.DataFrame, labels: str) -> str:
     trials = last.seed.nunique()
     chosen = choose_flood_levels(last, labels, ["seed"]).flood_level.value_counts()
     of_trials = f", mean ± standard deviation of {trials} trials" if trials > 1 else ""
-    width = 8 if trials == 1 else 13
+    columns = {
+        "train, noisy": "train_accuracy_noisy",
+        "val, clean": "val_accuracy_clean",
+        "test, clean": "test_accuracy_clean",
+        "test loss, clean": "test_loss_clean",
+    }
     lines = [
-        f"Last epoch, clean labels, accuracies in %{of_trials}:",
+        f"Last epoch, accuracies in %, each against noisy or clean labels{of_trials}:",
         "",
-        f"flood level{''.join(f'{name:>{width}}' for name in SPLITS)}{'test loss':>{width + 4}}",
+        f"flood level{''.join(f'{title:>{len(title) + 3}}' for title in columns)}",
     ]
     for level, rows in last.groupby("flood_level"):
         line = f"{f'{level:g}' if level else 'no flooding':11}"
-        for name in (*(f"{name}_accuracy_clean" for name in SPLITS), "test_loss_clean"):
+        for title, name in columns.items():
             digits, scale = (3, 1) if "loss" in name else (1, 100)
             text = f"{scale * rows[name].mean():.{digits}f}"
             if trials > 1:
                 text += f" ± {scale * rows[name].std():.{digits}f}"
-            line += f"{text:>{width + 4 if 'loss' in name else width}}"
+            line += f"{text:>{len(title) + 3}}"
         if level in chosen:
             line += "  <- chosen" + (f" by {chosen[level]}" if trials > 1 else "")
         lines.append(line)
     return "\n".join(lines)
 
 
-def compare(cells: pd.DataFrame) -> pd.DataFrame:
+def compare(cells: pd.DataFrame, ties: str = "lower loss") -> pd.DataFrame:
     """Return the paper's table: a row a setting and kind of test labels, figures over the trials.
 
     `cells` are the table's raw figures, see `read_cells`. Each trial chooses its flood level by
-    noisy validation accuracy. Accuracies are fractions; `best_possible` is the Bayes
+    noisy validation accuracy, see `choose_flood_levels`. Accuracies are fractions; `best_possible` is the Bayes
     classifier's, NaN where it is not known. `p_value` is a paired t-test's over the trials, NaN
     where there is one, and `p_adjusted` the same after Benjamini and Hochberg over all rows with
     the same labels.
@@ -114,7 +126,7 @@ def compare(cells: pd.DataFrame) -> pd.DataFrame:
     from scipy.stats import false_discovery_control  # a second to import, for the table alone
 
     trial = [*CELL, "stopping"]
-    chosen = choose_flood_levels(cells, "noisy", trial)
+    chosen = choose_flood_levels(cells, "noisy", trial, ties)
     pairs = cells[cells.flood_level == 0].merge(chosen, on=trial, suffixes=("_without", "_with"))
     tables = []
     for labels in ("noisy", "clean"):
@@ -224,6 +236,7 @@ def read_cells(
             cells = pd.read_csv(path, engine="pyarrow")  # every bit of a float, in all versions
         except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
             raise CellsError(f"{path}: cannot be read ({error})") from error
+        cells = cells.assign(**{name: EARLIER[name] for name in EARLIER if name not in cells})
         if missing := [name for name in columns if name not in cells]:
             raise CellsError(f"{path}: has no column {missing[0]}")
         if len(cells) == 0 or cells[columns].isna().any(axis=None):

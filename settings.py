@@ -38,6 +38,7 @@ MAX_SEED = 2**32 - 1
 
 DatasetName = Literal[tuple(DATASETS)]
 OptimizerName = Literal["sgd", "adam"]
+FloodedLoss = Literal["batch", "example"]
 Flags = TypeVar("Flags")
 
 
@@ -149,6 +150,8 @@ class TrainSettings:
     """momentum, of sgd only"""
     weight_decay: Annotated[float, flag("RATE")] = 0.0
     """weight decay"""
+    flood_on: FloodedLoss = "batch"
+    """flood the mean loss of a mini-batch, the paper's method, or each example's (iFlood, ICLR 2022)"""
 
     def __post_init__(self) -> None:
         sgd = self.optimizer == "sgd"
@@ -158,6 +161,8 @@ class TrainSettings:
         if self.momentum is None:
             object.__setattr__(self, "momentum", DEFAULT_SGD_MOMENTUM if sgd else 0.0)
         rate, decay = self.learning_rate, self.weight_decay
+        on = self.flood_on
+        check(on in ("batch", "example"), "flood_on", repr(on), "batch or example")
         check(0 < rate < math.inf, "learning_rate", rate, "a finite number > 0")
         check(0 <= self.momentum < 1, "momentum", self.momentum, "a number in [0, 1)")
         check(sgd or self.momentum == 0, "momentum", self.momentum, "only with sgd")

@@ -220,7 +220,7 @@ class Experiment:
             points = [
                 Metric(metric, float(value), ended, step)
                 for metric, curve in curves.items()
-                for step, value in curve.items()
+                for step, value in curve.dropna().items()
             ]
             for start in range(0, len(points), MAX_POINTS):
                 client.log_batch(run_id, points[start : start + MAX_POINTS])

@@ -24,7 +24,11 @@ from settings import SCORES, SPLITS, STOPPINGS, TrainSettings, check, check_floo
 EVALUATION_ROWS = {"cpu": 2_000, "cuda": 200_000}
 MODELS_AT_ONCE = {"cpu": 26, "cuda": 204}
 
-METRICS = (*(f"{split}_{score}" for split in SPLITS for score in SCORES), "train_flooded_fraction")
+METRICS = (
+    *(f"{split}_{score}" for split in SPLITS for score in SCORES),
+    "train_batch_loss",
+    "train_flooded_fraction_so_far",
+)
 GRID = 201  # points along a side of the plane that a boundary is drawn on
 LAST_EPOCH, EARLY = STOPPINGS
 
@@ -38,9 +42,11 @@ class Evaluation:
     """The models of one group after one epoch.
 
     `metrics` has a row a model: its `flood_level`, the `epoch`, and those of the METRICS whose
-    split was asked for. Losses are means in nats, accuracies are fractions, and so is
-    `train_flooded_fraction`, the share of the epoch's mini-batches whose loss was below the
-    flood level. `folded` are the networks, for `folded_logits`.
+    split was asked for. Losses are means in nats, accuracies are fractions. `train_batch_loss`
+    is the mean over the epoch's mini-batches of the loss in training mode, which is what is
+    flooded; epoch 0 has none. `train_flooded_fraction_so_far` is the share of all mini-batches
+    until now, or examples with `flood_on` "example", whose loss was below the flood level.
+    `folded` are the networks, for `folded_logits`.
     """
 
     epoch: int
@@ -123,20 +129,20 @@ def train(
         levels = torch.tensor(group, dtype=torch.float32, device=device)
         stack = StackedMLP(network, len(levels), device)
         evaluated = [EvaluationSplit(name, getattr(data, name), device) for name in splits]
-        for epoch, batch_losses, flooded in train_epochs(
+        for epoch, batch_loss, flooded in train_epochs(
             stack, data.train, levels, settings, generator
         ):
-            metrics = {"mini-batch loss": batch_losses}
+            metrics = {"train_batch_loss": batch_loss} if epoch > 0 else {}
             if due := epoch % eval_every == 0 or epoch == settings.epochs:
                 folded = stack.fold()
                 for split in evaluated:
                     metrics |= split.scores(folded)
-                metrics["train_flooded_fraction"] = flooded
+                metrics["train_flooded_fraction_so_far"] = flooded
             metrics = _fetch(metrics, epoch, group, settings)
             if epoch > 0:
                 on_epoch()
             if due:
-                yield Evaluation(epoch, metrics.drop(columns="mini-batch loss"), folded)
+                yield Evaluation(epoch, metrics, folded)
 
 
 def count_epochs(flood_levels: Sequence[float], epochs: int, device: torch.device) -> int:
@@ -161,8 +167,8 @@ def train_epochs(
     """Train the stack's K models, one flood level each, and yield after every epoch.
 
     Yields the epoch (first 0, before training), each model's mean loss over the epoch's
-    mini-batches [K] in nats, and the share of the mini-batches that were flooded [K], both on
-    the device. The caller may read the stack between epochs.
+    mini-batches [K] in nats, and the share of all losses until now that were below the level
+    [K], both on the device. The caller may read the stack between epochs.
     """
     parameters = list(stack.parameters.values())
     inputs = torch.from_numpy(split.inputs).to(levels.device)
@@ -174,20 +180,25 @@ def train_epochs(
     else:
         optimizer = torch.optim.Adam(parameters, **options)
 
-    yield 0, torch.zeros_like(levels), torch.zeros_like(levels)
+    reduction = "mean" if settings.flood_on == "batch" else "none"
+    below, count = torch.zeros_like(levels), 0
+    yield 0, torch.zeros_like(levels), below
     for epoch in range(1, settings.epochs + 1):
         order = torch.randperm(len(labels), generator=generator).to(levels.device)
         batches = order.split(settings.batch_size)
         loss_sum = torch.zeros_like(levels)
-        flooded = torch.zeros_like(levels)
         for batch in batches:
-            losses = stack.losses(inputs[batch], labels[batch])
+            losses = stack.losses(inputs[batch], labels[batch], reduction)
+            losses = losses.view(len(levels), -1)  # [K, 1], or [K, examples]
+            level_of = levels[:, None].expand_as(losses)
+            flooded_losses = flood(losses.flatten(), level_of.flatten()).view_as(losses)
             optimizer.zero_grad()
-            flood(losses, levels).sum().backward()
+            flooded_losses.mean(dim=1).sum().backward()
             optimizer.step()
-            loss_sum += losses.detach()
-            flooded += losses.detach() < levels
-        yield epoch, loss_sum / len(batches), flooded / len(batches)
+            loss_sum += losses.detach().mean(dim=1)
+            below += (losses.detach() < level_of).sum(dim=1)
+            count += losses.shape[1]
+        yield epoch, loss_sum / len(batches), below / count
 
 
 @dataclass(frozen=True)

@@ -8,27 +8,30 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; small matrices,
 
 import importlib
 import io
-import multiprocessing
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlflow
 import pytest
 
-import store  # before MLflow, whose environment it sets  # isort: skip
-import mlflow
+from settings import parse_flags
 
 PROJECT = Path(__file__).parent.parent
+SETTINGS = {
+    "run_demo_synth.py": "DemoSettings",
+    "run_table_synth.py": "TableSettings",
+    "plot.py": "PlotSettings",
+}
 PICTURES = {"synth_acc.png", "synth_boundary.png", "synth_loss.png"}
 SMALL = (
     *("--train-samples", 30, "--val-samples", 20, "--test-samples", 60),
@@ -45,81 +48,17 @@ class Result:
     errors: str
 
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["conftest", "run_demo_synth", "run_table_synth", "plot", "tracking"])
-
-
-class Fork:
-    """A script in a process of its own, with what tests need of `subprocess.Popen`."""
-
-    def __init__(
-        self,
-        path: Path,
-        uri: str,
-        script: str,
-        flags: Sequence[object],
-        environment: Mapping[str, str],
-    ) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        self._streams = [Path(self._folder.name) / name for name in ("output", "errors")]
-        self._process = FORKS.Process(
-            target=_run_forked,
-            args=(path, uri, script, [*map(str, flags)], environment, self._streams),
-        )
-        self._process.start()
-        self.returncode: int | None = None
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self._process.pid, number)
-
-    def kill(self) -> None:
-        if self.returncode is None:
-            self._process.kill()
-
-    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for its end; returns what it printed, the first time."""
-        if self.returncode is not None:
-            return "", ""
-        self._process.join(timeout)
-        assert self._process.exitcode is not None, "still running"
-        self.returncode = self._process.exitcode
-        output, errors = (path.read_text() for path in self._streams)
-        self._folder.cleanup()
-        return output, errors
-
-
-def _run_forked(
-    path: Path,
-    uri: str,
-    script: str,
-    flags: list[str],
-    environment: Mapping[str, str],
-    streams: Sequence[Path],
-) -> None:
-    for number, stream in enumerate(streams, start=1):
-        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), number)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    os.chdir(path)
-    os.environ.update({"MLFLOW_TRACKING_URI": uri, **environment})
-    sys.argv = [str(PROJECT / script), *flags]
-    import process
-
-    store.FLUSH_SECONDS = 0.2  # so that tests see sooner what is logged, or who is lost
-    process.LOST_SECONDS = 1.0
-    importlib.import_module(script.removesuffix(".py")).main()
-
-
 class Folder:
     """An empty folder to run scripts in, with a view of its MLflow store."""
 
     def __init__(self, path: Path, uri: str | None = None) -> None:
         self.path = path
         self.uri = uri or f"sqlite:///{path}/mlflow.db"
-        self.processes: list[subprocess.Popen | Fork] = []
+        self.processes: list[subprocess.Popen] = []
 
     def run(self, script: str, *flags: object) -> Result:
         """Run a script's `main` in this process: where the process is not the point."""
+        module = importlib.import_module(script.removesuffix(".py"))
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         output, errors, status = io.StringIO(), io.StringIO(), 0
         with pytest.MonkeyPatch.context() as patch:
@@ -128,11 +67,9 @@ class Folder:
             patch.setenv("MLFLOW_TRACKING_URI", self.uri)
             try:
                 with redirect_stdout(output), redirect_stderr(errors):
-                    importlib.import_module(script.removesuffix(".py")).main()
+                    module.main(parse_flags(getattr(module, SETTINGS[script]), module.__doc__))
             except SystemExit as leaving:
-                status = leaving.code if isinstance(leaving.code, int) else 1
-                if isinstance(leaving.code, str):
-                    errors.write(leaving.code + "\n")
+                status = leaving.code
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
@@ -149,12 +86,6 @@ class Folder:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self.processes.append(process)
-        return process
-
-    def fork(self, script: str, *flags: object, **environment: str) -> Fork:
-        """Start a process that has imported everything: seconds sooner than `spawn`."""
-        process = Fork(self.path, self.uri, script, flags, environment)
         self.processes.append(process)
         return process
 
@@ -176,13 +107,13 @@ class Folder:
         return self.client.search_runs([found.experiment_id], order_by=["start_time"])
 
     def demo_runs(self) -> list[mlflow.entities.Run]:
-        """The demos' runs by demo, seed and flood level."""
+        """The demos' runs by demo, seed and flood level; not those of several trials' results."""
         return sorted(
-            self.runs("flooding-synth"),
+            (run for run in self.runs("flooding-synth") if "flood_level" in run.data.params),
             key=lambda run: (
                 run.data.tags["demo"],
-                int(run.data.params.get("seed", 0)),
-                float(run.data.params.get("flood_level", 0)),
+                int(run.data.params["seed"]),
+                float(run.data.params["flood_level"]),
             ),
         )
 
@@ -199,7 +130,9 @@ class Server:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.port = free_port()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
         self.store_uri = f"sqlite:///{path}/mlflow.db"
         self.process: subprocess.Popen | None = None
@@ -234,21 +167,15 @@ class Server:
             self.process = None
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for something that happens in another process or thread."""
+    """Wait for something that happens in another process."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def finish(process: subprocess.Popen | Fork, timeout: float = 100) -> Result:
+def finish(process: subprocess.Popen, timeout: float = 100) -> Result:
     """Wait for a process's end."""
     output, errors = process.communicate(timeout=timeout)
     return Result(process.returncode, output, errors)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import math
 import multiprocessing
 import os
 import subprocess
 import sys
+import textwrap
 from fractions import Fraction
 
 import numpy as np
@@ -18,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+import flooding
 from flooding import Flooding, flood, flood_gradients
 
 NO_NUMBERS = (True, None, "0.1", [0.1], np.array(0.1), np.array([0.1]), 1j)
 NO_LEVELS = (-0.1, -1, math.nan, math.inf, -math.inf, np.float32(-0.1), *NO_NUMBERS)
 UNEQUAL_PARTS = (30, 30, 30, 13)
+CLASS_WEIGHTS = torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -34,39 +38,31 @@ UNEQUAL_PARTS = (30, 30, 30, 13)
         (0.7, 0.0, 0.7, 1.0),  # no flooding
         (-0.7, 0.0, -0.7, 1.0),  # nor where the loss is negative
         (0.0, 0.0, 0.0, 1.0),
+        (math.inf, 0.2, math.inf, 1.0),
+        (math.nan, 0.2, math.nan, 0.0),
     ],
 )
 def test_value_and_gradient(loss, level, value, gradient):
     loss = torch.tensor(loss, requires_grad=True)
     flooded = flood(loss, level)
     flooded.backward()
-    assert flooded.item() == pytest.approx(value)
+    assert flooded.item() == pytest.approx(value, nan_ok=True)
     assert loss.grad.item() == gradient
 
 
-def test_a_vector_of_levels_gives_each_model_its_own_gradient():
-    weights = torch.tensor([0.9, 0.1, 0.3], requires_grad=True)
-    losses = weights**2
-    levels = torch.tensor([0.0, 0.2, 0.09])
+def test_a_vector_of_levels_gives_each_model_its_own_gradient_to_the_last_bit():
+    weights = torch.randn(51, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    losses = torch.func.vmap(lambda weight: (weight - 1).pow(2).mean())(weights)
+    levels = losses.detach() * torch.linspace(0, 2, 51)
     flooded = flood(losses, levels)
     flooded.sum().backward()
-    torch.testing.assert_close(flooded.detach(), torch.tensor([0.81, 0.39, 0.09]))
-    torch.testing.assert_close(weights.grad, torch.tensor([1.8, -0.2, weights.grad[2].item()]))
-    for k in range(3):
+    assert torch.equal(flooded, (losses - levels).abs() + levels)
+    assert not weights.grad[25].any()  # at its level
+    for k in range(51):
         weight = weights.detach()[k].clone().requires_grad_()
-        flood(weight**2, levels[k].item()).backward()
-        assert weight.grad == weights.grad[k]
-
-
-def test_losses_of_vmap_are_flooded_to_the_last_bit():
-    weights = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    losses = torch.func.vmap(lambda weight: (weight - 1).pow(2).mean())(weights)
-    levels = losses.detach() * torch.linspace(0, 2, 50)
-    flooded, expected = flood(losses, levels), (losses - levels).abs() + levels
-    assert torch.equal(flooded, expected)
-    (gradient,) = torch.autograd.grad(flooded.sum(), weights, retain_graph=True)
-    (expected,) = torch.autograd.grad(expected.sum(), weights)
-    assert torch.equal(gradient, expected) and not gradient[:24].equal(gradient[:24].abs())
+        flood((weight - 1).pow(2).mean(), levels[k].item()).backward()
+        assert torch.equal(weight.grad, weights.grad[k])
+        assert k == 25 or torch.equal(weight.grad > 0, (weight > 1) == (k < 25))
 
 
 def test_level_zero_is_training_without_flooding_for_a_negative_loss():
@@ -94,13 +90,11 @@ def test_module_floods_in_training_mode_only():
     plain = cross_entropy(logits, labels)
     assert criterion(logits, labels) == pytest.approx(1.0 - plain.item())
     assert criterion.criterion(logits, labels) == plain  # for logging
+    nn.Linear(2, 2).eval()  # a model that the criterion is no part of
+    assert criterion(logits, labels) != plain
     criterion.eval()
     assert criterion(logits, labels) == plain
     assert "level=0.5" in repr(criterion)
-
-
-def test_module_wraps_a_function():
-    assert Flooding(nn.functional.mse_loss, 1.0)(torch.zeros(3), torch.zeros(3)) == 2.0
 
 
 @pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
@@ -151,13 +145,10 @@ def test_bad_level_tensor(level):
             call()
     with pytest.raises(ValueError, match=r"shape, \[3\]"):
         flood(torch.ones(3), torch.ones(2))
-
-
-@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
-def test_the_module_looks_at_the_value_of_a_level_tensor(value):
     criterion = Flooding(nn.CrossEntropyLoss(), torch.tensor(0.25))
-    with pytest.raises(ValueError, match=r"flood level .* finite"):
-        criterion.level = torch.tensor(value)
+    for value in (-0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"flood level .* finite"):
+            criterion.level = torch.tensor(value)
     assert criterion.level == 0.25
 
 
@@ -205,34 +196,28 @@ def test_a_level_can_be_set_and_follows_to():
     assert nn.Sequential(criterion).to("meta")[0].level.device.type == "meta"
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_a_loss_per_example_is_refused(training):
-    criterion = Flooding(nn.CrossEntropyLoss(reduction="none"), 0.1).train(training)
-    with pytest.raises(ValueError, match=r"shape \[4\].*reduction='mean'"):
-        criterion(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"shape \[4\].*reduction='mean'"):
-        flood(torch.zeros(4), 0.1)  # each example flooded: another method
-    with pytest.raises(ValueError, match=r"shape \[4\].*reduction='mean'"):
-        flood_gradients([], torch.zeros(4), torch.zeros(4))
-
-
 @pytest.mark.parametrize(
-    "returned",
-    [0.3, None, {"loss": torch.tensor(0.3)}, (torch.tensor(0.3), 1), torch.tensor(3)],
-    ids=repr,
+    ("returned", "named"),
+    [
+        (0.3, "0.3"),
+        (None, "None"),
+        ({"loss": torch.tensor(0.3)}, "{'loss': tensor"),
+        ((torch.tensor(0.3), 1), "(tensor"),
+        (torch.tensor(3), "shape [], torch.int64"),
+        (torch.zeros(4), "shape [4], torch.float32"),  # each example flooded is another method
+    ],
 )
-@pytest.mark.parametrize("training", [True, False])
-def test_a_criterion_that_returns_no_loss_is_refused(returned, training):
-    criterion = Flooding(lambda: returned, 0.1).train(training)
-    named = str(returned) if not isinstance(returned, Tensor) else "torch.int64"
+def test_what_is_no_mean_loss_is_refused(returned, named):
     for call in (
-        criterion,
+        Flooding(lambda: returned, 0.1),
+        Flooding(lambda: returned, 0.1).eval(),
         lambda: flood(returned, 0.1),
         lambda: flood_gradients([], returned, 0.1),
+        lambda: flood_gradients([], returned, torch.zeros(4)),
     ):
-        with pytest.raises(ValueError, match="mean loss of a mini-batch, a scalar") as error:
+        with pytest.raises(ValueError, match=r"mean loss .* scalar .* reduction='mean'") as error:
             call()
-        assert named in str(error.value)
+        assert f"got {named}" in str(error.value)
 
 
 @pytest.mark.parametrize("criterion", [0.1, None, nn.CrossEntropyLoss])
@@ -318,34 +303,52 @@ def gradients(model: nn.Module) -> Tensor:
     return flat
 
 
-def whole_batch_gradients(model: nn.Module, inputs: Tensor, labels: Tensor, level: float) -> Tensor:
-    """Written by hand: the gradient of |J - b| + b, J the mean over all examples."""
-    ((cross_entropy(model(inputs), labels) - level).abs() + level).backward()
-    return gradients(model)
+def sum_of_weights(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The docstring's line, of the labels that count."""
+    return CLASS_WEIGHTS[torch.cat([labels[labels != -100] for _, labels in parts])].sum()
 
 
 @pytest.mark.parametrize("times", [0.97, 1.03])  # the level, in units of J: above and below it
-@pytest.mark.parametrize("as_tensor", [False, True])
-def test_accumulated_gradients_are_those_of_the_whole_batch(times, as_tensor):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_accumulated_gradients_are_those_of_the_whole_batch(times, weighted):
     model, inputs, labels = problem()
-    level = times * cross_entropy(model(inputs), labels).item()
-    expected = whole_batch_gradients(model, inputs, labels, level)
+    criterion = cross_entropy
+    if weighted:
+        labels[::7] = labels[30:60] = -100  # the second are all those of a part
+        criterion = functools.partial(criterion, weight=CLASS_WEIGHTS, label_smoothing=0.1)
+    whole = criterion(model(inputs), labels)
+    level = times * whole.item()
+    ((whole - level).abs() + level).backward()
+    expected = gradients(model)
 
-    mean, below = torch.zeros((), dtype=torch.float64), []
-    for part, part_labels in zip(inputs.split(UNEQUAL_PARTS), labels.split(UNEQUAL_PARTS)):
-        loss = cross_entropy(model(part), part_labels)
-        below.append(loss.item() < level)
-        (loss * len(part) / 103).backward()
-        mean += loss.detach() * len(part) / 103
-    assert set(below) == {True, False}
-    flood_gradients(model.parameters(), mean, torch.tensor(level) if as_tensor else level)
+    parts = list(zip(inputs.split(UNEQUAL_PARTS), labels.split(UNEQUAL_PARTS)))
+    mean, total = torch.zeros((), dtype=torch.float64), sum_of_weights(parts)
+    for part, part_labels in parts:
+        if weighted:
+            loss = criterion(model(part), part_labels, reduction="sum") / total
+        else:
+            loss = criterion(model(part), part_labels) * len(part) / 103
+        loss.backward()
+        mean += loss.detach()
+    flood_gradients(model.parameters(), mean, level)
+    torch.testing.assert_close(mean, whole.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(gradients(model), expected, rtol=1e-12, atol=1e-14)
 
-    # Flooding each part's mean is another method...
+
+@pytest.mark.parametrize("times", [0.97, 1.03])
+def test_flooding_each_part_is_another_method(times):
+    model, inputs, labels = problem()
+    whole = cross_entropy(model(inputs), labels)
+    level = times * whole.item()
+    ((whole - level).abs() + level).backward()
+    expected, below = gradients(model), set()
     for part, part_labels in zip(inputs.split(UNEQUAL_PARTS), labels.split(UNEQUAL_PARTS)):
-        (flood(cross_entropy(model(part), part_labels), level) * len(part) / 103).backward()
+        loss = cross_entropy(model(part), part_labels)
+        below.add(loss.item() < level)
+        (flood(loss, level) * len(part) / 103).backward()
+    assert below == {True, False}
     assert torch.cosine_similarity(gradients(model), expected, dim=0) < 0.75
-    # ... and with parts of one example that of iFlood.
+    # With parts of one example it is iFlood.
     for part, part_labels in zip(inputs.split(1), labels.split(1)):
         (flood(cross_entropy(model(part), part_labels), level) / 103).backward()
     one_by_one = gradients(model)
@@ -354,14 +357,23 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(times, as_tensor):
     torch.testing.assert_close(one_by_one, gradients(model), rtol=1e-12, atol=1e-14)
 
 
-def test_gradients_at_the_level_and_at_level_zero():
-    model, inputs, labels = problem()
-    loss = cross_entropy(model(inputs), labels)
-    for level, factor in ((0.0, 1), (0, 1), (loss.item(), 0), (torch.tensor(9.0), -1)):
-        loss.backward(retain_graph=True)
-        plain = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-        flood_gradients(model.parameters(), loss, level)
-        assert torch.equal(gradients(model), factor * plain)
+@pytest.mark.parametrize(
+    ("loss", "level", "factor"),
+    [
+        (0.7, 0.0, 1),
+        (-0.7, 0, 1),
+        (0.7, torch.tensor(0.7), 0),
+        (0.7, torch.tensor(9.0), -1),
+        (math.inf, 0.1, 1),
+        (math.nan, 0.1, 0),  # like a loss at the level: infinite and NaN gradients become NaN
+    ],
+)
+def test_flooded_gradients_by_hand(loss, level, factor):
+    parameter = torch.zeros(3, requires_grad=True)
+    parameter.grad = torch.tensor([-3.0, math.inf, math.nan])
+    expected = parameter.grad * factor
+    flood_gradients(parameter, torch.tensor(loss), level)
+    torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_gradients_of_tied_frozen_and_single_parameters():
@@ -373,9 +385,33 @@ def test_gradients_of_tied_frozen_and_single_parameters():
     flood_gradients(tied, loss, 2.0)
     assert torch.equal(tied.grad, torch.full((3,), 1 / 3))
     assert not tied.grad.requires_grad  # though the loss does
-    for parameters in ([], [frozen], frozen, iter([])):
+    # A rank without anything to flood goes on; FSDP's empty shards require gradients.
+    empty = torch.ones(0, requires_grad=True)
+    for parameters in ([], [frozen], frozen, [frozen, empty], nn.ReLU().parameters()):
+        flood_gradients(parameters, loss, 2.0)
+    assert frozen.grad is empty.grad is None and frozen.equal(torch.ones(3))
+    # But backward() was forgotten, or a generator has been used before.
+    tied.grad, used_up = None, nn.Linear(1, 1).parameters()
+    list(used_up)
+    for parameters in (tied, [empty, frozen, tied], used_up):
         with pytest.raises(ValueError, match="no gradient"):
             flood_gradients(parameters, loss, 2.0)
+
+
+def test_parameters_that_are_no_tensors_are_refused():
+    model, inputs, labels = problem()
+    loss = cross_entropy(model(inputs), labels)
+    loss.backward()
+    for parameters, named in (
+        (model, "Linear"),
+        (model[0], "Linear"),
+        (model.named_parameters(), "tuple"),
+        (dict(model.named_parameters()), "str"),
+        (torch.optim.SGD(model.parameters()).param_groups, "dict"),
+        (None, "NoneType"),
+    ):
+        with pytest.raises(ValueError, match=rf"{named}, no tensor: pass model\.param"):
+            flood_gradients(parameters, loss, 9.0)
 
 
 def test_flooding_does_not_wait_for_the_device():
@@ -420,15 +456,65 @@ def test_grad_scaler(how):
     expected = nn.utils.parameters_to_vector(by_hand.parameters()).detach()
     torch.testing.assert_close(parameters, expected, rtol=1e-12, atol=1e-14)
 
-    # An overflow is still seen, and the step left out.
-    scaler.scale(cross_entropy(model(inputs), labels) * math.inf).backward()
-    flood_gradients(model.parameters(), loss, level)
-    scaler.step(optimizer)
-    assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), parameters)
+    # An overflow is still seen, whatever it did to J, and the step left out.
+    for mean in (loss, loss * math.inf, loss * math.nan):
+        scaler.scale(cross_entropy(model(inputs), labels) * math.inf).backward()
+        flood_gradients(model.parameters(), mean, level)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), parameters)
+    assert scaler.get_scale() == 2.0**9  # halved each time
+
+
+def train_in_parts(rank: int, weighted: bool) -> None:
+    """Train on one of two ranks and compare with the whole batch in one process."""
+    model, inputs, labels = problem()
+    alone, _, _ = problem()
+    inputs, labels, split = inputs[:102], labels[:102], 51
+    if weighted:  # and ignored labels, and ranks of unequal sizes
+        labels[::7] = labels[:30] = -100  # all those of a part
+        split = 70
+    criterion = functools.partial(cross_entropy, weight=CLASS_WEIGHTS if weighted else None)
+    level = 0.98 * criterion(alone(inputs), labels).item()
+    mine = slice(split) if rank == 0 else slice(split, 102)  # rank 0 has the examples of low loss
+    parts = list(zip(inputs[mine].split(30), labels[mine].split(30)))
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
+    optimizer_alone = torch.optim.SGD(alone.parameters(), lr=0.01, momentum=0.5)
+    directions, own_directions = [], []
+    for _ in range(20):
+        mean = torch.zeros((), dtype=torch.float64)
+        torch.distributed.all_reduce((total := sum_of_weights(parts)).div_(2))
+        for number, (part, part_labels) in enumerate(parts, start=1):
+            with parallel.no_sync() if number < len(parts) else contextlib.nullcontext():
+                if weighted:
+                    loss = criterion(parallel(part), part_labels, reduction="sum") / total
+                else:
+                    loss = criterion(parallel(part), part_labels) * len(part) / 51
+                loss.backward()
+            mean += loss.detach()
+        own_directions.append(mean.item() > level)
+        torch.distributed.all_reduce(mean.div_(2))
+        flood_gradients(model.parameters(), mean, level)
+        directions.append(mean.item() > level)
+
+        whole = criterion(alone(inputs), labels)
+        ((whole - level).abs() + level).backward()
+        torch.testing.assert_close(mean, whole.detach(), rtol=1e-12, atol=0)
+        for parameter, expected in zip(model.parameters(), alone.parameters()):
+            torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-10, atol=1e-13)
+        for each in (optimizer, optimizer_alone):
+            each.step()
+            each.zero_grad()
+    for parameter, expected in zip(model.parameters(), alone.parameters()):
+        torch.testing.assert_close(parameter, expected, rtol=1e-10, atol=1e-13)
+    # Or nothing was tested: both directions, and ranks on both sides of the level.
+    assert set(directions) == {True, False}
+    assert set(own_directions) == {rank == 1}
 
 
 def check_a_rank(rank: int, store: str) -> None:
-    """Train on one of two ranks, in parts, and compare with the whole batch in one process."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -439,40 +525,9 @@ def check_a_rank(rank: int, store: str) -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     try:
-        model, inputs, labels = problem()
-        alone, _, _ = problem()
-        inputs, labels = inputs[:102], labels[:102]
-        level = 0.98 * cross_entropy(alone(inputs), labels).item()
-        mine = slice(51 * rank, 51 * (rank + 1))  # rank 0 has the examples of low loss
-        parts = list(zip(inputs[mine].split([30, 21]), labels[mine].split([30, 21])))
-        parallel = DistributedDataParallel(model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
-        optimizer_alone = torch.optim.SGD(alone.parameters(), lr=0.01, momentum=0.5)
-        directions, own_directions = [], []
-        for _ in range(20):
-            mean = torch.zeros((), dtype=torch.float64)
-            for number, (part, part_labels) in enumerate(parts):
-                with parallel.no_sync() if number == 0 else contextlib.nullcontext():
-                    loss = cross_entropy(parallel(part), part_labels) * len(part) / 51
-                    loss.backward()
-                mean += loss.detach()
-            own_directions.append(mean.item() > level)
-            torch.distributed.all_reduce(mean.div_(2))
-            flood_gradients(model.parameters(), mean, level)
-            directions.append(mean.item() > level)
-
-            ((cross_entropy(alone(inputs), labels) - level).abs() + level).backward()
-            for parameter, expected in zip(model.parameters(), alone.parameters()):
-                torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-10, atol=1e-13)
-            for each in (optimizer, optimizer_alone):
-                each.step()
-                each.zero_grad()
-        for parameter, expected in zip(model.parameters(), alone.parameters()):
-            torch.testing.assert_close(parameter, expected, rtol=1e-10, atol=1e-13)
-        # Or nothing was tested: both directions, and ranks on both sides of the level.
-        assert set(directions) == {True, False}
-        assert set(own_directions) == {rank == 1}
-        del parallel  # were it the last to hold the process group, its end could wait for ever
+        # DDP ends in there: were it the last to hold the process group, it could wait for ever.
+        train_in_parts(rank, weighted=False)
+        train_in_parts(rank, weighted=True)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -482,6 +537,57 @@ def test_two_ranks_are_one_process_with_the_whole_batch(tmp_path):
     torch.multiprocessing.start_processes(
         check_a_rank, (str(tmp_path / "store"),), nprocs=2, start_method="forkserver"
     )
+
+
+@pytest.mark.parametrize("times", [0.9, 1.1])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BertForSequenceClassification",  # this and the next ignore num_items_in_batch
+        "BertForMaskedLM",
+        "ModernBertForMaskedLM",  # this and the next divide by it
+        "LlamaForCausalLM",
+    ],
+)
+def test_the_hugging_face_trainer(name, times, tmp_path):
+    """The docstring's own lines. 25 examples: a step of 11 parts, then one of 2, the last short."""
+    transformers = pytest.importorskip("transformers", minversion="5")
+    lines = flooding.__doc__[flooding.__doc__.index("    def mean_of_step") :]
+    lines = textwrap.dedent(lines[: lines.index("What goes wrong")])
+    model_class = getattr(transformers, name)
+    settings = dict.fromkeys(("hidden_size", "intermediate_size", "num_labels"), 4)
+    settings |= {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    settings |= {f"{token}_token_id": 0 for token in ("pad", "bos", "eos", "cls", "sep")}
+    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**settings)).double()
+    inputs, labels = torch.randint(1, 50, (25, 7)), torch.randint(4, (25,))
+    if "LM" in name:
+        labels = inputs.where(torch.rand(25, 7) < 0.5, -100)
+    level = times * model(inputs, labels=labels).loss.item()
+    expected, found = [], []
+    for rows in (slice(22), slice(22, 25)):
+        ((model(inputs[rows], labels=labels[rows]).loss - level).abs() + level).backward()
+        expected.append(gradients(model))
+
+    class Record(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            found.append(gradients(model))
+
+    names = {"transformers": transformers, "cross_entropy": cross_entropy}
+    names["flood_gradients"] = lambda parameters, mean, _: flood_gradients(parameters, mean, level)
+    exec(lines, names)
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 11}
+    settings |= {"learning_rate": 0.0, "max_grad_norm": 0.0, "num_train_epochs": 1, "use_cpu": True}
+    settings |= {"train_sampling_strategy": "sequential", "save_strategy": "no", "report_to": []}
+    names["FloodingTrainer"](
+        model,
+        transformers.TrainingArguments(tmp_path, **settings),
+        train_dataset=[{"input_ids": i, "labels": j} for i, j in zip(inputs, labels)],
+        compute_loss_func=names["mean_of_step"] if name != "LlamaForCausalLM" else None,
+        callbacks=[Record()],
+    ).train()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
 
 
 # What the docstring says -----------------------------------------------------------------------
