@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.random import Generator
 
 if TYPE_CHECKING:
     from settings import DataSettings
@@ -22,6 +23,9 @@ GAUSSIAN_SHIFT = 1.0  # m: the negative mean is (m, ..., m), the positive mean t
 SINUSOID_DIMENSIONS = 10
 SINUSOID2D_RADIUS = 2.0
 SINUSOID2D_FREQUENCY = 1.5  # the length of both w and w'
+
+
+Drawn = tuple[np.ndarray, np.ndarray]  # inputs [n, d] and clean labels [n]
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Source:
 
     Args:
         samples: the authors' sizes of train, validation and test split, in examples in all.
-        draw: returns n inputs [n, d] and clean labels [n] from (n, spiral_noise, generator).
+        draw: returns n inputs and clean labels from (n, spiral_noise, generator).
         boundary: a score [n] of inputs [n, 2] that is 0 on the true boundary and positive in
             class 1; None where the inputs are not in the plane.
         best_accuracy: the best possible accuracy on clean labels, a fraction that may depend on
@@ -56,7 +60,7 @@ class Source:
     """
 
     samples: tuple[int, int, int]
-    draw: Callable[[int, float, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+    draw: Callable[[int, float, Generator], Drawn]
     boundary: Callable[[np.ndarray], np.ndarray] | None = None
     best_accuracy: Callable[[float], float] = lambda spiral_noise: math.nan
 
@@ -82,9 +86,7 @@ def _make_split(settings: DataSettings, samples: int, stream: np.random.SeedSequ
     return Split(inputs.astype(np.float32), noisy, labels)
 
 
-def flip_labels(
-    labels: np.ndarray, label_noise: float, generator: np.random.Generator
-) -> np.ndarray:
+def flip_labels(labels: np.ndarray, label_noise: float, generator: Generator) -> np.ndarray:
     """Return a copy with exactly int(label_noise * n) labels flipped. [released code]"""
     flipped = generator.permutation(len(labels))[: int(label_noise * len(labels))]
     noisy = labels.copy()
@@ -103,9 +105,7 @@ def best_possible_accuracy(settings: DataSettings, label_noise: float) -> float:
     return clean * (1 - flipped) + (1 - clean) * flipped
 
 
-def _sinusoid2d(
-    samples: int, _spiral_noise: float, generator: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def _sinusoid2d(samples: int, _spiral_noise: float, generator: Generator) -> Drawn:
     # Two coordinates of a point on the unit sphere of R^4 are uniform in the unit disc.
     sphere = generator.standard_normal((samples, 4))
     sphere /= np.linalg.norm(sphere, axis=1, keepdims=True)
@@ -118,9 +118,7 @@ def _sinusoid2d_boundary(inputs: np.ndarray) -> np.ndarray:
     return SINUSOID2D_FREQUENCY * x1 + np.sin(SINUSOID2D_FREQUENCY * x2)
 
 
-def _sinusoid(
-    samples: int, _spiral_noise: float, generator: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def _sinusoid(samples: int, _spiral_noise: float, generator: Generator) -> Drawn:
     inputs = 2 * generator.standard_normal((samples, SINUSOID_DIMENSIONS))
     return inputs, inputs[:, 0] + np.sin(inputs[:, 1]) > 0
 
@@ -130,9 +128,7 @@ def _class_sizes(samples: int) -> tuple[int, int]:
     return samples - samples // 2, samples // 2
 
 
-def _gaussian(
-    samples: int, _spiral_noise: float, generator: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def _gaussian(samples: int, _spiral_noise: float, generator: Generator) -> Drawn:
     labels = np.repeat([1, 0], _class_sizes(samples))
     inputs = generator.standard_normal((samples, GAUSSIAN_DIMENSIONS))
     inputs[labels == 0] += GAUSSIAN_SHIFT
@@ -145,9 +141,7 @@ def _gaussian_best_accuracy(_spiral_noise: float) -> float:
     return 0.5 * (1 + math.erf(distance / 2 / math.sqrt(2)))
 
 
-def _spiral(
-    samples: int, spiral_noise: float, generator: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def _spiral(samples: int, spiral_noise: float, generator: Generator) -> Drawn:
     positive, negative = (np.linspace(0, 4 * np.pi, size) for size in _class_sizes(samples))
     angle = np.concatenate([positive, negative])
     radius = np.concatenate([positive, negative + np.pi])

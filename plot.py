@@ -70,11 +70,8 @@ def describe(parameters: Mapping[str, object]) -> str:
     momentum = float(parameters["momentum"])
     batch_norm = str(parameters["batch_norm"]) == "True"
     first, trials = int(parameters["seed"]), int(parameters["trials"])
-    seeds = (
-        f"seed {first}"
-        if trials == 1
-        else f"{trials} trials, seeds {first} to {first + trials - 1}"
-    )
+    seeds = f"{trials} trials, seeds {first} to {first + trials - 1}"
+    seeds = f"seed {first}" if trials == 1 else seeds
     return (
         f"{data}, {_count(parameters['train_samples'], 'training example')}; "
         f"MLP {parameters['hidden_layers']} × {parameters['hidden_units']}"
@@ -107,12 +104,9 @@ def _sides(compared: float) -> list[tuple[float, str, str]]:
 
 
 def _draw_curves(
-    history: pd.DataFrame,
-    chosen: float,
-    compared: float,
-    parameters: Mapping[str, object],
+    history: pd.DataFrame, chosen: float, compared: float, parameters: Mapping[str, object],
     score: str,
-) -> Figure:
+) -> Figure:  # fmt: skip
     figure = Figure(figsize=(9, 5.2))
     axes = figure.subplots()
     figure.subplots_adjust(left=0.1, right=0.72, top=0.83, bottom=0.17)
@@ -206,19 +200,13 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
                 heights[lower + 1] += overlap / 2
         heights += max(0, low - heights[0])  # keep all of them inside the axes' height
         heights -= max(0, heights[-1] - high)
+    beside = axes.get_yaxis_transform()
     for height, (value, text, color) in zip(heights, ends):
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkB": 0}
         axes.annotate(
-            text,
-            xy=(1, value),
-            xytext=(1.035, height),
-            xycoords=axes.get_yaxis_transform(),
-            textcoords=axes.get_yaxis_transform(),
-            color=color,
-            fontsize=9,
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkB": 0},
-        )
+            text, xy=(1, value), xytext=(1.035, height), xycoords=beside, textcoords=beside,
+            color=color, fontsize=9, va="center", annotation_clip=False, arrowprops=line,
+        )  # fmt: skip
 
 
 def _draw_boundary(boundary: Boundary, compared: float, parameters: Mapping[str, object]) -> Figure:
@@ -256,15 +244,12 @@ def _draw_boundary(boundary: Boundary, compared: float, parameters: Mapping[str,
         axes.set_yticks([])
     _write_title(figure, "What the network learned", {**parameters, "trials": 1})
 
-    def point(**style: object) -> Line2D:
-        return Line2D([], [], linestyle="none", marker="o", **style)
-
+    point = {"linestyle": "none", "marker": "o", "markeredgecolor": "black"}
+    circle = {**point, "markersize": 11, "markeredgecolor": NEUTRAL_COLOR, "markeredgewidth": 2}
     handles = {
-        "trained as class 1": point(color="black"),
-        "trained as class 0": point(markerfacecolor="white", markeredgecolor="black"),
-        "label flipped": point(
-            markersize=11, markerfacecolor="none", markeredgecolor=NEUTRAL_COLOR, markeredgewidth=2
-        ),
+        "trained as class 1": Line2D([], [], color="black", **point),
+        "trained as class 0": Line2D([], [], markerfacecolor="white", **point),
+        "label flipped": Line2D([], [], markerfacecolor="none", **circle),
         "true boundary": Line2D([], [], color="black", linestyle=TRAIN_STYLE, linewidth=1.2),
         "network's boundary": Line2D([], [], color=NEUTRAL_COLOR, linewidth=2),
         "probability of class 1": Line2D([], [], color="#9a9a9a", linewidth=8),

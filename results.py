@@ -118,10 +118,10 @@ def compare(cells: pd.DataFrame, ties: str = "lower loss") -> pd.DataFrame:
     """Return the paper's table: a row a setting and kind of test labels, figures over the trials.
 
     `cells` are the table's raw figures, see `read_cells`. Each trial chooses its flood level by
-    noisy validation accuracy, see `choose_flood_levels`. Accuracies are fractions; `best_possible` is the Bayes
-    classifier's, NaN where it is not known. `p_value` is a paired t-test's over the trials, NaN
-    where there is one, and `p_adjusted` the same after Benjamini and Hochberg over all rows with
-    the same labels.
+    noisy validation accuracy, see `choose_flood_levels`. Accuracies are fractions;
+    `best_possible` is the Bayes classifier's, NaN where it is not known. `p_value` is a paired
+    t-test's over the trials, NaN where there is one, and `p_adjusted` the same after Benjamini
+    and Hochberg over all rows with the same labels.
     """
     from scipy.stats import false_discovery_control  # a second to import, for the table alone
 
@@ -186,30 +186,26 @@ def markdown(table: pd.DataFrame) -> str:
             best = pair.best_possible.iloc[0]
             best = "unknown" if math.isnan(best) else f"{100 * best:.1f}"
             line = [dataset, f"{100 * noise:g}%", best]
-            for row in pair.itertuples():
-                without = mean_and_deviation(
-                    100 * row.without_flooding_mean, 100 * row.without_flooding_std, 1
-                )
-                flooded = mean_and_deviation(
-                    100 * row.with_flooding_mean, 100 * row.with_flooding_std, 1
+            for _, row in pair.iterrows():
+                without, flooded = (
+                    _shown(row, f"{side}_flooding", 100, 1) for side in ("without", "with")
                 )
                 if row.p_adjusted < SIGNIFICANCE:
                     if row.with_flooding_mean > row.without_flooding_mean:
                         flooded = f"**{flooded}**"
                     else:
                         without = f"**{without}**"
-                level = mean_and_deviation(row.flood_level_mean, row.flood_level_std, 2)
-                line += [without, flooded, level]
+                line += [without, flooded, _shown(row, "flood_level", 1, 2)]
             lines.append(line)
         rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         text += f"\n{titles[labels]}:\n\n{rows}\n"
     return text
 
 
-def mean_and_deviation(mean: float, deviation: float, digits: int) -> str:
-    """Return "mean (standard deviation)"; a single trial, NaN, has no deviation."""
-    shown = "-" if math.isnan(deviation) else f"{deviation:.{digits}f}"
-    return f"{mean:.{digits}f} ({shown})"
+def _shown(row: pd.Series, name: str, scale: float, digits: int) -> str:
+    """A figure as mean (standard deviation), which a single trial has not."""
+    mean, deviation = scale * row[f"{name}_mean"], scale * row[f"{name}_std"]
+    return f"{mean:.{digits}f} ({'-' if math.isnan(deviation) else f'{deviation:.{digits}f}'})"
 
 
 class CellsError(Exception):

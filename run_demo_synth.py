@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 import settings
-from settings import Count, DataSettings, ModelSettings, RunSettings, TrainSettings, check, fail
+from settings import Count, DataSettings, ModelSettings, RunSettings, TrainSettings, fail
 
 FLOOD_LEVELS = {"sgd": (0.26, 0.27, 0.28), "adam": (0.24, 0.25, 0.26)}
 
@@ -47,13 +47,11 @@ class DemoSettings(RunSettings, TrainSettings, ModelSettings, DataSettings):
     def __post_init__(self) -> None:
         for part in (DataSettings, ModelSettings, TrainSettings, RunSettings):
             part.__post_init__(self)
-        levels = self.flood_levels
-        levels = FLOOD_LEVELS[self.optimizer] if levels is None else levels
-        for level in levels:
+        settings.fill(self, flood_levels=FLOOD_LEVELS[self.optimizer])
+        for level in self.flood_levels:
             settings.check_flood_level(level)
-        object.__setattr__(self, "flood_levels", tuple(sorted({0.0, *levels})))
-        for name in ("eval_every", "trials"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        object.__setattr__(self, "flood_levels", tuple(sorted({0.0, *self.flood_levels})))
+        settings.check_counts(self, "eval_every", "trials")
         self.check_batches(self.train_samples, self.batch_norm)
 
 

@@ -72,11 +72,9 @@ class TableSettings(RunSettings, TrainSettings, ModelSettings, DataSettings):
         for part in (ModelSettings, TrainSettings, RunSettings):
             part.__post_init__(self)
         trials, step = (QUICK_TRIALS, QUICK_FLOOD_STEP) if self.quick else (10, 0.01)
-        for name, default in (("trials", trials), ("flood_step", step)):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
+        settings.fill(self, trials=trials, flood_step=step)
+        settings.check_counts(self, "trials")
         highest, step = self.flood_max, self.flood_step
-        check(self.trials >= 1, "trials", self.trials, "at least 1")
         check(0 < highest < 100, "flood_max", highest, "a number of nats in (0, 100)")
         check(0.0001 <= step <= highest, "flood_step", step, "from 0.0001 to --flood-max")
         there = self.ray is None or importlib.util.find_spec("ray")

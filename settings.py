@@ -34,21 +34,8 @@ STOPPINGS = ("last epoch", "early")  # the epoch of best noisy validation accura
 
 DEFAULT_LEARNING_RATES = {"sgd": 0.01, "adam": 0.001}  # [released code]
 DEFAULT_SGD_MOMENTUM = 0.9  # [released code]
-MAX_SEED = 2**32 - 1
 
-DatasetName = Literal[tuple(DATASETS)]
-OptimizerName = Literal["sgd", "adam"]
-FloodedLoss = Literal["batch", "example"]
 Flags = TypeVar("Flags")
-
-
-def flag(metavar: str, default: str | None = None) -> object:
-    """How `--help` shows a flag: the name of its value, and what is said of its default."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=default)
-
-
-Count = Annotated[int, flag("N")]
-SplitSize = Annotated[int | None, flag("N", "(default: the authors' size, see the README)")]
 
 
 class SettingError(Exception):
@@ -73,6 +60,32 @@ def check_flood_level(level: float) -> None:
     check(0 <= level < math.inf, "flood_levels", level, "finite numbers of nats >= 0")
 
 
+def check_counts(settings: object, *names: str) -> None:
+    """Raise SettingError unless the settings of these names are at least 1."""
+    for name in names:
+        check(getattr(settings, name) >= 1, name, getattr(settings, name), "at least 1")
+
+
+def fill(settings: object, **defaults: object) -> None:
+    """Set the settings that are None to defaults that depend on others."""
+    for name, default in defaults.items():
+        if getattr(settings, name) is None:
+            object.__setattr__(settings, name, default)
+
+
+def flag(metavar: str, default: str | None = None) -> object:
+    """How `--help` shows a flag: the name of its value, and what is said of its default."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=default)
+
+
+DatasetName = Literal[tuple(DATASETS)]
+OptimizerName = Literal["sgd", "adam"]
+Count = Annotated[int, flag("N")]
+SplitSize = Annotated[int | None, flag("N", "(default: the authors' size, see the README)")]
+LearningRate = Annotated[float | None, flag("RATE", "(default: 0.01 for sgd, 0.001 for adam)")]
+Momentum = Annotated[float | None, flag("M", f"(default: {DEFAULT_SGD_MOMENTUM})")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """What a data set is made from; together with the seed it fixes every bit of it."""
@@ -91,16 +104,13 @@ class DataSettings:
     """test examples in all"""
 
     def __post_init__(self) -> None:
-        known = ", ".join(DATASETS)
-        check(self.dataset in DATASETS, "dataset", repr(self.dataset), f"one of {known}")
-        check(0 <= self.label_noise < 1, "label_noise", self.label_noise, "a fraction in [0, 1)")
-        fits = 0 <= self.spiral_noise < math.inf
-        check(fits, "spiral_noise", self.spiral_noise, "a finite number >= 0")
-        for split, size in zip(SPLITS, DATASETS[self.dataset].samples):
-            name = f"{split}_samples"
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, size)
-            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        name, noise, tau = self.dataset, self.label_noise, self.spiral_noise
+        check(name in DATASETS, "dataset", repr(name), f"one of {', '.join(DATASETS)}")
+        check(0 <= noise < 1, "label_noise", noise, "a fraction in [0, 1)")
+        check(0 <= tau < math.inf, "spiral_noise", tau, "a finite number >= 0")
+        sizes = [f"{split}_samples" for split in SPLITS]
+        fill(self, **dict(zip(sizes, DATASETS[name].samples)))
+        check_counts(self, *sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +138,7 @@ class ModelSettings:
     """batch normalisation after each hidden linear layer, which then has no bias"""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_layers", "hidden_units"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check_counts(self, "hidden_layers", "hidden_units")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,47 +147,38 @@ class TrainSettings:
 
     optimizer: OptimizerName
     """optimizer"""
-    learning_rate: Annotated[
-        float | None, flag("RATE", "(default: 0.01 for sgd, 0.001 for adam)")
-    ] = None
+    learning_rate: LearningRate = None
     """learning rate"""
     batch_size: Count
     """examples of a mini-batch; the last one of an epoch has what is left"""
     epochs: Count
     """passes over the training examples"""
-    momentum: Annotated[float | None, flag("M", f"(default: {DEFAULT_SGD_MOMENTUM})")] = None
+    momentum: Momentum = None
     """momentum, of sgd only"""
     weight_decay: Annotated[float, flag("RATE")] = 0.0
     """weight decay"""
-    flood_on: FloodedLoss = "batch"
-    """flood the mean loss of a mini-batch, the paper's method, or each example's (iFlood, ICLR 2022)"""
+    flood_on: Literal["batch", "example"] = "batch"
+    """flood the mean loss of a batch, as the paper does, or each example's (iFlood, ICLR 2022)"""
 
     def __post_init__(self) -> None:
-        sgd = self.optimizer == "sgd"
-        check(sgd or self.optimizer == "adam", "optimizer", repr(self.optimizer), "sgd or adam")
-        if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", DEFAULT_LEARNING_RATES[self.optimizer])
-        if self.momentum is None:
-            object.__setattr__(self, "momentum", DEFAULT_SGD_MOMENTUM if sgd else 0.0)
-        rate, decay = self.learning_rate, self.weight_decay
-        on = self.flood_on
-        check(on in ("batch", "example"), "flood_on", repr(on), "batch or example")
+        optimizer, sgd = self.optimizer, self.optimizer == "sgd"
+        check(sgd or optimizer == "adam", "optimizer", repr(optimizer), "sgd or adam")
+        rate = DEFAULT_LEARNING_RATES[optimizer]
+        fill(self, learning_rate=rate, momentum=DEFAULT_SGD_MOMENTUM if sgd else 0.0)
+        rate, momentum, decay = self.learning_rate, self.momentum, self.weight_decay
         check(0 < rate < math.inf, "learning_rate", rate, "a finite number > 0")
-        check(0 <= self.momentum < 1, "momentum", self.momentum, "a number in [0, 1)")
-        check(sgd or self.momentum == 0, "momentum", self.momentum, "only with sgd")
+        check(0 <= momentum < 1, "momentum", momentum, "a number in [0, 1)")
+        check(sgd or momentum == 0, "momentum", momentum, "only with sgd")
         check(0 <= decay < math.inf, "weight_decay", decay, "a finite number >= 0")
-        for name in ("batch_size", "epochs"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        known = self.flood_on in ("batch", "example")
+        check(known, "flood_on", repr(self.flood_on), "batch or example")
+        check_counts(self, "batch_size", "epochs")
 
     def check_batches(self, train_samples: int, batch_norm: bool) -> None:
         """Raise SettingError if batch norm would see a mini-batch of one example."""
-        check(
-            not (batch_norm and 1 in (train_samples % self.batch_size, self.batch_size)),
-            "batch_size",
-            self.batch_size,
-            f"with batch norm every mini-batch needs at least 2 examples, and of {train_samples} "
-            f"one would be alone",
-        )
+        alone = batch_norm and 1 in (train_samples % self.batch_size, self.batch_size)
+        allowed = "with batch norm every mini-batch needs at least 2 examples, and of "
+        check(not alone, "batch_size", self.batch_size, f"{allowed}{train_samples} one is alone")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +191,7 @@ class OutputSettings:
     def __post_init__(self) -> None:
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.output_dir):
-                pass
+            tempfile.TemporaryFile(dir=self.output_dir).close()
         except OSError as error:
             allowed = f"a folder that can be written to ({error.strerror})"
             raise SettingError("output_dir", self.output_dir, allowed) from error
@@ -208,8 +207,8 @@ class RunSettings(OutputSettings):
     """device to train on; auto is a GPU where there is one"""
 
     def __post_init__(self) -> None:
+        check(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
         super().__post_init__()
-        check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"from 0 to {MAX_SEED}")
 
 
 def parse_flags(settings: type[Flags], description: str) -> Flags:
@@ -255,14 +254,9 @@ def progress_bar(total: int, unit: str, digits: int = 0) -> tqdm:
     It counts `unit`s with so many `digits`. A terminal that does not say its width has 80 columns.
     """
     seconds = 0.1 if sys.stderr.isatty() else 30
+    counted = f"{{n:.{digits}f}} of {{total}} {unit}s [{{elapsed}}<{{remaining}}{{postfix}}]"
     return tqdm(
-        total=total,
-        leave=False,
-        miniters=0,
-        delay=0 if sys.stderr.isatty() else seconds,
-        mininterval=seconds,
-        maxinterval=seconds,
-        ncols=shutil.get_terminal_size().columns,
-        bar_format=f"{{percentage:3.0f}}%|{{bar}}| {{n:.{digits}f}} of {{total}} {unit}s "
-        f"[{{elapsed}}<{{remaining}}{{postfix}}]",
-    )
+        total=total, leave=False, miniters=0, mininterval=seconds, maxinterval=seconds,
+        delay=seconds - 0.1, ncols=shutil.get_terminal_size().columns,
+        bar_format=f"{{percentage:3.0f}}%|{{bar}}| {counted}",
+    )  # fmt: skip

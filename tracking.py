@@ -28,14 +28,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from urllib.parse import quote
 
+# What a store refuses is tried again here, not by MLflow.
 for name, value in {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # what a store refuses is tried again here
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-}.items():
-    os.environ.setdefault(name, value)
+    "DISABLE_TELEMETRY": "true", "ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "HTTP_REQUEST_MAX_RETRIES": "0",
+    "HTTP_REQUEST_TIMEOUT": "5",
+}.items():  # fmt: skip
+    os.environ.setdefault(f"MLFLOW_{name}", value)
 import mlflow
 import numpy as np
 import pandas as pd
@@ -118,12 +117,9 @@ def _quietly() -> Iterator[None]:
 class Experiment:
     """An experiment of the tracking store, made if it is not there.
 
-    Args:
-        name: its name.
-        description: Markdown, with places for the address of its `charts` and of their `means`.
-        tie: name and value of the tag of this demo's or this table's runs.
-        group_by: the parameter by which means are taken. They are a view that is saved under the
-            tie's value, as MLflow's own "share" button does it; an address cannot say that.
+    `description` is Markdown with places for the addresses of its `charts` and of their `means`;
+    `tie` is name and value of the tag of this demo's or table's runs. Means by the parameter
+    `group_by` are a view, saved as MLflow's own "share" button does it: an address cannot say that.
 
     Raises:
         TrackingError: the store cannot be reached.
@@ -132,6 +128,7 @@ class Experiment:
     def __init__(self, name: str, description: str, tie: tuple[str, str], group_by: str) -> None:
         self._tie, self._query = dict([tie]), f"tags.{tie[0]} = '{tie[1]}'"
         self._pending: deque[Callable[[], None]] = deque()
+        self._half_written: list[str] = []  # ids of runs to be deleted
         keys = [{"mode": "param", "groupByData": group_by}]
         group = {"aggregateFunction": "average", "groupByKeys": keys}
         state = json.dumps({"searchFilter": self._query, "groupBy": group})
@@ -146,13 +143,12 @@ class Experiment:
                 charts = f"{runs}?workflowType=machine_learning&compareRunsMode=CHART"
                 self._charts = f"{charts}&searchFilter={quote(self._query)}"
                 self._means = f"{charts}&viewStateShareKey={tie[1]}"
-                mlflow.set_experiment_tags(
-                    {
-                        "mlflow.note.content": description.format(charts=charts, means=self._means),
-                        "mlflow.experimentKind": "custom_model_development",
-                        f"mlflow.sharedViewState.{tie[1]}": json.dumps(view),
-                    }
-                )
+                tags = {
+                    "mlflow.note.content": description.format(charts=charts, means=self._means),
+                    "mlflow.experimentKind": "custom_model_development",
+                    f"mlflow.sharedViewState.{tie[1]}": json.dumps(view),
+                }
+                mlflow.set_experiment_tags(tags)
         except Exception as error:
             raise TrackingError(f"{store_name()}: {reason(error)}") from error
 
@@ -209,6 +205,7 @@ class Experiment:
 
         `curves` has a column a metric, by step; `files` are the run's artifacts by their names.
         """
+        self._delete_half_written()
         client = mlflow.MlflowClient()
         started, ended = (int(1000 * time) for time in times)
         tags = {**resolve_tags(), **self._tie, **tags}
@@ -230,8 +227,14 @@ class Experiment:
                 client.log_artifacts(run_id, folder)
             client.set_terminated(run_id, "FINISHED", ended)
         except BaseException:  # Ctrl-C too
-            client.delete_run(run_id)
+            self._half_written.append(run_id)
+            self._delete_half_written()
             raise
+
+    def _delete_half_written(self) -> None:
+        while self._half_written:
+            mlflow.MlflowClient().delete_run(self._half_written[-1])
+            self._half_written.pop()
 
 
 class DemoLog(Experiment):
@@ -301,17 +304,13 @@ class TableLog(Experiment):
 
 def describe_datasets(settings: DataSettings, seed: int, data: Dataset) -> list[DatasetInput]:
     """Return what MLflow shows of a data set: of each split its name, shape and digest."""
-    names = [field.name for field in fields(DataSettings)]
-    source = CodeDatasetSource({**{n: getattr(settings, n) for n in names}, "seed": seed})
-    inputs = []
-    for name, context in zip(SPLITS, ("train", "validation", "test")):
-        split = getattr(data, name)
-        dataset = mlflow.data.from_numpy(
-            split.inputs,
-            source=source,
-            targets={"label": split.labels, "clean_label": split.clean_labels},
-            name=f"{settings.dataset}, label noise {settings.label_noise:g}",
-        )
+    values = {field.name: getattr(settings, field.name) for field in fields(DataSettings)}
+    source = CodeDatasetSource({**values, "seed": seed})
+    name, inputs = f"{settings.dataset}, label noise {settings.label_noise:g}", []
+    for split_name, context in zip(SPLITS, ("train", "validation", "test")):
+        split = getattr(data, split_name)
+        labels = {"label": split.labels, "clean_label": split.clean_labels}
+        dataset = mlflow.data.from_numpy(split.inputs, source, labels, name)
         tags = [InputTag("mlflow.data.context", context)]
         inputs.append(DatasetInput(dataset._to_mlflow_entity(), tags))
     return inputs
@@ -331,10 +330,10 @@ def _demo_files(outcome: Outcome) -> dict[str, bytes]:
 
 
 def load_demo(run_id: str) -> tuple[pd.DataFrame, dict[str, str], Boundary | None]:
-    """Read a run's demo back: its history, its parameters and what its boundary is drawn from.
+    """Read back what a run has of a demo: history, parameters, what the boundary is drawn from.
 
-    The history has a row a `seed`, `flood_level` and `epoch`: of all trials in the run that has
-    a demo's result, else of the run's own trial.
+    The history has a row a `seed`, `flood_level` and `epoch`. A run of a flood level has its own
+    trial, the result of several trials all of them.
 
     Raises:
         TrackingError: there is no such run, or it is not a demo's.
@@ -346,19 +345,14 @@ def load_demo(run_id: str) -> tuple[pd.DataFrame, dict[str, str], Boundary | Non
     try:
         with _quietly(), tempfile.TemporaryDirectory() as folder:
             client = mlflow.MlflowClient(uri)
-            run = client.get_run(run_id)
-            files = {file.path for file in client.list_artifacts(run_id)}
-            if HISTORY_FILE not in files:
-                raise TrackingError("no demo's run, or one that an earlier version logged")
-            history = pd.read_csv(
-                client.download_artifacts(run_id, HISTORY_FILE, folder), engine="pyarrow"
-            )
-            boundary = None
-            if BOUNDARY_FILE in files:
-                with np.load(client.download_artifacts(run_id, BOUNDARY_FILE, folder)) as arrays:
+            parameters = client.get_run(run_id).data.params
+            files = Path(client.download_artifacts(run_id, "", folder))
+            if not (files / HISTORY_FILE).exists():
+                raise FileNotFoundError(0, "no demo's run, or one that an earlier version logged")
+            history, boundary = pd.read_csv(files / HISTORY_FILE, engine="pyarrow"), None
+            if (files / BOUNDARY_FILE).exists():
+                with np.load(files / BOUNDARY_FILE) as arrays:
                     boundary = Boundary(**arrays)
-    except TrackingError:
-        raise
     except Exception as error:  # of whatever the store is made of
         raise TrackingError(f"it cannot be read: {reason(error)}") from error
-    return history, run.data.params, boundary
+    return history, parameters, boundary

@@ -24,13 +24,9 @@ from settings import SCORES, SPLITS, STOPPINGS, TrainSettings, check, check_floo
 EVALUATION_ROWS = {"cpu": 2_000, "cuda": 200_000}
 MODELS_AT_ONCE = {"cpu": 26, "cuda": 204}
 
-METRICS = (
-    *(f"{split}_{score}" for split in SPLITS for score in SCORES),
-    "train_batch_loss",
-    "train_flooded_fraction_so_far",
-)
+METRICS = [f"{split}_{score}" for split in SPLITS for score in SCORES]
+METRICS += ["train_batch_loss", "train_flooded_fraction_so_far"]
 GRID = 201  # points along a side of the plane that a boundary is drawn on
-LAST_EPOCH, EARLY = STOPPINGS
 
 
 class DivergenceError(ArithmeticError):
@@ -55,10 +51,8 @@ class Evaluation:
 
     def networks(self) -> dict[float, list[Tensor]]:
         """Return each flood level's network, folded, as a stack of one."""
-        levels = self.metrics.flood_level
-        return {
-            level: [matrix[k, None] for matrix in self.folded] for k, level in enumerate(levels)
-        }
+        of_models = zip(*(matrix.split(1) for matrix in self.folded))
+        return dict(zip(self.metrics.flood_level, of_models))
 
 
 def prepare_process(device: str) -> torch.device:
@@ -93,16 +87,10 @@ def where(device: torch.device) -> dict[str, str]:
 
 
 def train(
-    network: MLP,
-    data: Dataset,
-    flood_levels: Sequence[float],
-    settings: TrainSettings,
-    device: torch.device,
-    generator: torch.Generator,
-    splits: Sequence[str] = SPLITS,
-    eval_every: int = 1,
-    on_epoch: Callable[[], object] = lambda: None,
-) -> Iterator[Evaluation]:
+    network: MLP, data: Dataset, flood_levels: Sequence[float], settings: TrainSettings,
+    device: torch.device, generator: torch.Generator, splits: Sequence[str] = SPLITS,
+    eval_every: int = 1, on_epoch: Callable[[], object] = lambda: None,
+) -> Iterator[Evaluation]:  # fmt: skip
     """Train a copy of `network` for each flood level; yield an `Evaluation` of every epoch.
 
     All models share the data, the initial weights and the order of the mini-batches, which
@@ -158,12 +146,9 @@ def _groups(models: int, device: torch.device) -> list[slice]:
 
 
 def train_epochs(
-    stack: StackedMLP,
-    split: Split,
-    levels: Tensor,
-    settings: TrainSettings,
+    stack: StackedMLP, split: Split, levels: Tensor, settings: TrainSettings,
     generator: torch.Generator,
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
     """Train the stack's K models, one flood level each, and yield after every epoch.
 
     Yields the epoch (first 0, before training), each model's mean loss over the epoch's
@@ -247,22 +232,17 @@ class EvaluationSplit:
 
 
 def _fetch(
-    metrics: dict[str, Tensor],
-    epochs: int | np.ndarray,
-    flood_levels: Sequence[float],
+    metrics: dict[str, Tensor], epochs: int | np.ndarray, flood_levels: Sequence[float],
     settings: TrainSettings,
-) -> pd.DataFrame:
-    """Bring metrics from the device, at one go: a row a model with its `flood_level` and `epoch`.
-
-    `epochs` says after which epoch they were measured, of all models or of each, [K].
+) -> pd.DataFrame:  # fmt: skip
+    """Bring metrics, measured after `epochs`, from the device at one go: a row a model.
 
     Raises:
         DivergenceError: one of them is not finite.
     """
     values = torch.stack([value.double() for value in metrics.values()]).cpu().numpy()
-    fetched = pd.DataFrame(
-        {"flood_level": flood_levels, "epoch": epochs, **dict(zip(metrics, values))}
-    )
+    columns = {"flood_level": flood_levels, "epoch": epochs, **dict(zip(metrics, values))}
+    fetched = pd.DataFrame(columns)
     for metric, model in np.argwhere(~np.isfinite(values)):
         row = fetched.iloc[model]
         raise DivergenceError(
@@ -273,21 +253,17 @@ def _fetch(
 
 
 def train_with_early_stopping(
-    network: MLP,
-    data: Dataset,
-    flood_levels: Sequence[float],
-    settings: TrainSettings,
-    device: torch.device,
-    generator: torch.Generator,
+    network: MLP, data: Dataset, flood_levels: Sequence[float], settings: TrainSettings,
+    device: torch.device, generator: torch.Generator,
     on_epoch: Callable[[], object] = lambda: None,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """Train as `train` does, and score the last epoch and the best epoch of every model.
 
     The best epoch is the first of highest accuracy on the noisy validation labels. Returns a row
-    a `stopping` (LAST_EPOCH, EARLY) and `flood_level`, with the `epoch` whose weights were
+    a `stopping` (of STOPPINGS) and `flood_level`, with the `epoch` whose weights were
     scored and the SCORES of the validation and the test split. Raises what `train` raises.
     """
-    rows: dict[str, list[pd.DataFrame]] = {LAST_EPOCH: [], EARLY: []}
+    rows = []
     splits = [EvaluationSplit(name, getattr(data, name), device) for name in SPLITS[1:]]
     for now in train(
         network, data, flood_levels, settings, device, generator, ("val",), on_epoch=on_epoch
@@ -303,16 +279,14 @@ def train_with_early_stopping(
             for best, matrix in zip(best_folded, now.folded):
                 best[index] = matrix[index]
         if now.epoch == settings.epochs:
-            last_epoch = np.full_like(best_epoch, now.epoch)
-            for stopping, epochs, folded in (
-                (LAST_EPOCH, last_epoch, now.folded),
-                (EARLY, best_epoch, best_folded),
-            ):
+            last, best = (now.epoch, now.folded), (best_epoch, best_folded)
+            for stopping, (epochs, folded) in zip(STOPPINGS, (last, best)):
                 scores = {k: v for split in splits for k, v in split.scores(folded).items()}
                 scored = _fetch(scores, epochs, now.metrics.flood_level, settings)
                 scored.insert(0, "stopping", stopping)
-                rows[stopping].append(scored)
-    return pd.concat([*rows[LAST_EPOCH], *rows[EARLY]], ignore_index=True)
+                rows.append(scored)
+    rows = rows[::2] + rows[1::2]  # of all groups of models, first the last epoch's
+    return pd.concat(rows, ignore_index=True)
 
 
 @dataclass(frozen=True)
