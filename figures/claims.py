@@ -1,0 +1,151 @@
+"""Print every figure that the README says about the table, from its raw figures.
+
+    python figures/claims.py [CELLS.csv [EXAMPLE_CELLS.csv]]
+
+The second file has the cells that were trained with `--flood-on example`, to compare with.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+from scipy.stats import false_discovery_control, ttest_rel
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from results import CELL, SETTING, choose_flood_levels, compare
+from settings import STOPPINGS
+
+RULES = {"lower loss": "lower validation loss", "lowest": "lowest b", "highest": "highest b"}
+LETTERS = dict(zip(STOPPINGS, "AB"))
+
+
+def wide(values: pd.Series, digits: int, percent: bool = False, signs: bool = False) -> str:
+    """Show a figure a setting: a line a stopping and data set, its three strengths of noise."""
+    values = 100 * values if percent else values
+    lines = []
+    for stopping, letter in LETTERS.items():
+        of_stopping = values.xs(stopping, level="stopping")
+        for dataset, of_dataset in of_stopping.groupby(level="dataset"):
+            shown = ", ".join(f"{value:.{digits}f}" for value in of_dataset)
+            lines.append(f"  {letter} {dataset:11} {shown}")
+        positive = f", positive in {(of_stopping > 0).sum()} of {len(of_stopping)}" * signs
+        lines.append(f"  {letter} mean {of_stopping.mean():.{digits}f}{positive}")
+    return "\n".join(lines)
+
+
+def by_rule(cells: pd.DataFrame) -> None:
+    """The table under three rules for ties of validation accuracy."""
+    for ties, rule in RULES.items():
+        table = compare(cells, ties).query("labels == 'noisy'").set_index(SETTING)
+        gain = table.with_flooding_mean - table.without_flooding_mean
+        print(f"\nTies go to the {rule}. Gain in points on noisy test labels:")
+        print(wide(gain, 1, percent=True, signs=True))
+        print("Adjusted p:")
+        print(wide(table.p_adjusted, 3))
+        for sign, side in ((1, "better"), (-1, "worse")):
+            rows = table[(table.p_adjusted < 0.05) & (sign * gain > 0)]
+            names = [f"{LETTERS[s]} {dataset} {noise:g}" for dataset, noise, s in rows.index]
+            print(f"Significantly {side}: {len(rows)}: {', '.join(sorted(names))}")
+        print("Mean chosen b:")
+        print(wide(table.flood_level_mean, 2))
+
+
+def ties(cells: pd.DataFrame) -> None:
+    """How often the rule for ties decides."""
+    best = cells.groupby([*CELL, "stopping"]).val_accuracy_noisy.transform("max")
+    tied = cells[cells.val_accuracy_noisy == best].groupby([*CELL, "stopping"]).size()
+    print("\nChoices that a tie decides, of all; levels that tie, on average and at most:")
+    for stopping, letter in LETTERS.items():
+        count = tied.xs(stopping, level="stopping")
+        print(f"  {letter} {(count > 1).mean():.0%}, {count.mean():.1f}, {count.max()}")
+
+
+def means(chosen: pd.DataFrame, name: str) -> pd.Series:
+    """Mean over the trials, a setting."""
+    return chosen.groupby(SETTING)[name].mean()
+
+
+def choosing(cells: pd.DataFrame) -> None:
+    """What the advice on choosing b says."""
+    trial = [*CELL, "stopping"]
+    noisy = choose_flood_levels(cells, "noisy", trial)
+    none = cells[cells.flood_level == 0]
+    six = cells[(10 * cells.flood_level).round(6) % 1 == 0]
+    coarse = choose_flood_levels(six, "noisy", trial)
+    print("\nSix levels for all, change of noisy test accuracy in points:")
+    print(wide(means(coarse, "test_accuracy_noisy") - means(noisy, "test_accuracy_noisy"), 1, True))
+    clean = choose_flood_levels(cells, "clean", trial)
+    print("\nChosen by clean validation labels, change of clean test accuracy in points:")
+    print(wide(means(clean, "test_accuracy_clean") - means(noisy, "test_accuracy_clean"), 1, True))
+    print("\nTest loss on clean labels, without flooding and then with it:")
+    for rows in (none, noisy):
+        print(wide(means(rows, "test_loss_clean"), 2))
+    print("Fall of the loss:")
+    fall = means(none, "test_loss_clean") - means(noisy, "test_loss_clean")
+    print(wide(fall, 2, signs=True))
+    print("\nNoisy test accuracy in % without flooding, and then at the highest b:")
+    for rows in (none, cells[cells.flood_level == cells.flood_level.max()]):
+        print(wide(means(rows, "test_accuracy_noisy"), 1, True))
+    worst = cells.groupby([*SETTING, "flood_level"]).test_accuracy_noisy.mean()
+    print("At the worst b:")
+    print(wide(worst.groupby(SETTING).min(), 1, True))
+    edge = noisy.assign(edge=noisy.flood_level >= 0.9 * cells.flood_level.max())
+    print("\nShare of the trials that choose a b in the highest tenth of the grid:")
+    print(wide(means(edge, "edge"), 2))
+    table = means(noisy, "test_accuracy_noisy").xs("last epoch", level="stopping")
+    early = means(none, "test_accuracy_noisy").xs("early", level="stopping")
+    print(f"\nEarly stopping alone is ahead of flooding alone in {(early > table).sum()} settings")
+
+
+def example(cells: pd.DataFrame, other: pd.DataFrame) -> None:
+    """Flooding on the mini-batch's mean and on each example's loss: same trials, same levels."""
+    levels, trial = sorted(other.flood_level.unique()), [*CELL, "stopping"]
+    batch = cells[cells.flood_level.isin(levels) & cells.seed.isin(other.seed.unique())]
+    sides = {"batch": choose_flood_levels(batch, "noisy", trial)}
+    sides["example"] = choose_flood_levels(other, "noisy", trial)
+    sides["without"] = batch[batch.flood_level == 0]
+    names = ["test_accuracy_noisy", "flood_level"]
+    figures = pd.concat({s: rows.set_index(trial)[names] for s, rows in sides.items()}, axis=1)
+    rows = {}
+    for setting, trials in figures.groupby(SETTING):
+        accuracy = 100 * trials.xs(names[0], axis=1, level=1)
+        chosen = trials.xs(names[1], axis=1, level=1)
+        rows[LETTERS[setting[2]], *setting[:2]] = {
+            **{side: shown(accuracy[side], 1) for side in ("without", "batch", "example")},
+            **{f"b {side}": shown(chosen[side], 2) for side in ("batch", "example")},
+            "example - batch": round((accuracy.example - accuracy.batch).mean(), 1),
+            "p": ttest_rel(accuracy.example, accuracy.batch).pvalue,
+        }
+    table = pd.DataFrame(rows).T.sort_index()
+    table["p"] = false_discovery_control(table.p.astype(float)).round(3)
+    print(
+        f"\nFlooded: the mini-batch's mean loss, or each example's. {other.seed.nunique()} trials, "
+        f"levels {', '.join(f'{level:g}' for level in levels)}.\nTest accuracy on noisy labels in "
+        f"%, chosen b, and the p of a paired t-test of example and batch, adjusted:\n"
+    )
+    print(table.rename(columns={"p": "adjusted p"}).to_string())
+
+
+def shown(values: pd.Series, digits: int) -> str:
+    """Show the mean (standard deviation)."""
+    return f"{values.mean():.{digits}f} ({values.std():.{digits}f})"
+
+
+def main() -> None:
+    paths = [Path(path) for path in sys.argv[1:]] or [
+        Path(__file__).parent / "table_synth_cells.csv"
+    ]
+    cells = pd.read_csv(paths[0], engine="pyarrow")
+    trials = sorted(cells.groupby(SETTING).seed.nunique().unique())
+    print(f"{paths[0].name}: {' or '.join(map(str, trials))} trials a setting")
+    by_rule(cells)
+    ties(cells)
+    choosing(cells)
+    if len(paths) > 1:
+        example(cells, pd.read_csv(paths[1], engine="pyarrow"))
+
+
+if __name__ == "__main__":
+    main()
