@@ -112,7 +112,8 @@ def example(cells: pd.DataFrame, other: pd.DataFrame) -> None:
     for setting, trials in figures.groupby(SETTING):
         accuracy = 100 * trials.xs(names[0], axis=1, level=1)
         chosen = trials.xs(names[1], axis=1, level=1)
-        rows[LETTERS[setting[2]], *setting[:2]] = {
+        dataset, noise, stopping = setting
+        rows[LETTERS[stopping], dataset, noise] = {
             **{side: shown(accuracy[side], 1) for side in ("without", "batch", "example")},
             **{f"b {side}": shown(chosen[side], 2) for side in ("batch", "example")},
             "example - batch": round((accuracy.example - accuracy.batch).mean(), 1),
