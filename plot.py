@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from datasets import DATASETS
 from results import compared_level, write_files
-from settings import STOPPINGS, OutputSettings, fail, flag, parse_flags
+from settings import STOPPINGS, OutputSettings, ending_on, flag, parse_flags
 
 if TYPE_CHECKING:
     from train import Boundary
@@ -333,10 +333,8 @@ class PlotSettings(OutputSettings):
 def main(flags: PlotSettings) -> None:
     from tracking import TrackingError, load_demo
 
-    try:
+    with ending_on(TrackingError, status=2):
         history, parameters, boundary = load_demo(flags.run_id)
-    except TrackingError as error:
-        fail(f"--run-id {flags.run_id}: {error}", status=2)
     files = png_files(draw_demo(history, parameters, boundary))
     print(*write_files(files, flags.output_dir), sep="\n")
 

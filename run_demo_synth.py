@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 import settings
-from settings import Count, DataSettings, ModelSettings, RunSettings, TrainSettings, fail
+from settings import Count, DataSettings, ModelSettings, RunSettings, TrainSettings, ending_on
 
 FLOOD_LEVELS = {"sgd": (0.26, 0.27, 0.28), "adam": (0.24, 0.25, 0.26)}
 
@@ -72,26 +72,21 @@ from train import DivergenceError, Trial, count_epochs, find_boundary, prepare_p
 
 def main(demo: DemoSettings) -> None:
     settings.exit_on_signals()
-    with settings.setting_errors():
+    with ending_on(settings.SettingError, status=2):
         device = prepare_process(demo.device)
     shown_levels = " ".join(f"{level:g}" for level in demo.flood_levels)
     parameters = {**asdict(demo), "flood_levels": shown_levels, "device": device.type}
-    try:
+    with ending_on(TrackingError, status=2):
         log = DemoLog(demo, parameters, device)
-    except TrackingError as error:
-        fail(str(error), status=2)
     print(plot.describe(parameters).replace("\n", "; "), f"on {device.type}", flush=True)
 
     trials = []
     epochs = demo.trials * count_epochs(demo.flood_levels, demo.epochs, device)
-    try:
-        with settings.progress_bar(epochs, "epoch") as bar:
-            for seed in range(demo.seed, demo.seed + demo.trials):
-                trials.append(train_trial(demo, seed, device, bar))
-                if demo.trials > 1:
-                    log.trial(trials[-1], conclude(demo, trials[-1:]), pictures={})
-    except DivergenceError as error:
-        fail(str(error))
+    with ending_on(DivergenceError), settings.progress_bar(epochs, "epoch") as bar:
+        for seed in range(demo.seed, demo.seed + demo.trials):
+            trials.append(train_trial(demo, seed, device, bar))
+            if demo.trials > 1:
+                log.trial(trials[-1], conclude(demo, trials[-1:]), pictures={})
 
     outcome = conclude(demo, trials)
     pictures = plot.png_files(plot.draw_demo(outcome.history, parameters, outcome.boundary))
@@ -102,10 +97,8 @@ def main(demo: DemoSettings) -> None:
     else:
         log.trial(trials[0], outcome, pictures)
     print(log.how_to_look(means=demo.trials > 1))
-    try:
+    with ending_on(TrackingError):
         log.finish()
-    except TrackingError as error:
-        fail(str(error))
 
 
 def train_trial(demo: DemoSettings, seed: int, device: torch.device, bar: tqdm) -> Trial:

@@ -18,31 +18,15 @@ from typing import Annotated
 import tyro
 
 import settings
-from settings import (
-    Cell,
-    Count,
-    DataSettings,
-    ModelSettings,
-    RunSettings,
-    SettingError,
-    TrainSettings,
-    check,
-    fail,
-    flag,
-)
+from settings import Cell, Count, ModelSettings, SettingError, TrainSettings, ending_on, flag
 
 CELLS_FILE = "table_synth_cells.csv"
-QUICK_TRIALS, QUICK_FLOOD_STEP = 2, 0.1
 CORES_A_CELL = 4  # with Ray, at most: what more cores add to a training of this size is little
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableSettings(RunSettings, TrainSettings, ModelSettings, DataSettings):
-    """All of a table. The defaults are the paper's, section 4.1; no batch norm is assumed.
-
-    Raises:
-        SettingError: a value is outside its range, or batch norm meets a batch of one example.
-    """
+class TableSettings(settings.RunSettings, TrainSettings, ModelSettings, settings.DataSettings):
+    """All of a table. The defaults are the paper's, section 4.1; no batch norm is assumed."""
 
     dataset: tuple[settings.DatasetName, ...] = ("gaussian", "sinusoid2d", "spiral")
     """data sets"""
@@ -53,13 +37,11 @@ class TableSettings(RunSettings, TrainSettings, ModelSettings, DataSettings):
     optimizer: settings.OptimizerName = "adam"
     batch_size: Count = 100
     epochs: Count = 500
-    trials: Annotated[int | None, flag("N", f"(default: 10, with --quick {QUICK_TRIALS})")] = None
+    trials: Annotated[int | None, flag("N", "(default: 10, with --quick 2)")] = None
     """trials of a setting; trial t draws data and weights from seed + t"""
     flood_max: Annotated[float, flag("B")] = 0.5
     """highest flood level, in nats; where the steps do not meet it, the last one below"""
-    flood_step: Annotated[
-        float | None, flag("B", f"(default: 0.01, with --quick {QUICK_FLOOD_STEP})")
-    ] = None
+    flood_step: Annotated[float | None, flag("B", "(default: 0.01, with --quick 0.1)")] = None
     """step of the flood levels, which start at 0"""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """show the shape of the result sooner: fewer trials and flood levels"""
@@ -69,16 +51,16 @@ class TableSettings(RunSettings, TrainSettings, ModelSettings, DataSettings):
     """train cells side by side, with Ray on this machine or on the cluster at this address"""
 
     def __post_init__(self) -> None:
-        for part in (ModelSettings, TrainSettings, RunSettings):
+        for part in (ModelSettings, TrainSettings, settings.RunSettings):
             part.__post_init__(self)
-        trials, step = (QUICK_TRIALS, QUICK_FLOOD_STEP) if self.quick else (10, 0.01)
+        trials, step = (2, 0.1) if self.quick else (10, 0.01)
         settings.fill(self, trials=trials, flood_step=step)
         settings.check_counts(self, "trials")
         highest, step = self.flood_max, self.flood_step
-        check(0 < highest < 100, "flood_max", highest, "a number of nats in (0, 100)")
-        check(0.0001 <= step <= highest, "flood_step", step, "from 0.0001 to --flood-max")
+        settings.check(0 < highest < 100, "flood_max", highest, "a number of nats in (0, 100)")
+        settings.check(0.0001 <= step <= highest, "flood_step", step, "from 0.0001 to --flood-max")
         there = self.ray is None or importlib.util.find_spec("ray")
-        check(there, "ray", self.ray, "only with Ray: pip install ray")
+        settings.check(there, "ray", self.ray, "only with Ray: pip install ray")
         for cell in self.grid():
             self.check_batches(cell.train_samples, self.batch_norm)
 
@@ -95,7 +77,7 @@ class TableSettings(RunSettings, TrainSettings, ModelSettings, DataSettings):
 
     def grid(self) -> list[Cell]:
         """Return the cells, trials outermost: a table that is stopped has all settings."""
-        data = {field.name: getattr(self, field.name) for field in fields(DataSettings)}
+        data = {field.name: getattr(self, field.name) for field in fields(settings.DataSettings)}
         return [
             Cell(**{**data, "dataset": dataset, "label_noise": noise, "seed": seed})
             for seed in range(self.seed, self.seed + self.trials)
@@ -113,18 +95,9 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import plot
+import results
 from datasets import make_dataset
 from models import MLP
-from results import (
-    CellsError,
-    add_cells,
-    compare,
-    csv,
-    markdown,
-    read_cells,
-    select_cells,
-    write_files,
-)
 from tracking import TableLog, TrackingError
 from train import DivergenceError, count_epochs, prepare_process, train_with_early_stopping, where
 
@@ -135,46 +108,41 @@ def main(table: TableSettings) -> None:
     settings.exit_on_signals()
     began, directory = time.time(), table.output_dir
     levels, shared, grid = table.flood_levels(), table.shared(), table.grid()
-    lock = FileLock(directory / "table_synth.lock", blocking=False)
-    try:
-        with settings.setting_errors():
-            start_ray(table.ray) if table.ray else prepare_process(table.device)
-        lock.acquire()  # until the process ends
+    lock = FileLock(directory / "table_synth.lock", blocking=False)  # until the process ends
+    with ending_on(SettingError, results.CellsError, TrackingError, status=2):
+        start_ray(table.ray) if table.ray else prepare_process(table.device)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise SettingError("output_dir", directory, "another table is made there") from error
         state = [path for path in (directory / CELLS_FILE,) if path.exists()]
-        cells = read_cells([*state, *table.cells], shared, levels)
+        cells = results.read_cells([*state, *table.cells], shared, levels)
         log = TableLog(shared, levels)
-    except Timeout:
-        fail(f"--output-dir {directory}: another table is being made in this folder", status=2)
-    except (CellsError, TrackingError) as error:
-        fail(str(error), status=2)
-    missing = [cell for cell in grid if select_cells(cells, [cell]).empty]
+    missing = [cell for cell in grid if results.select_cells(cells, [cell]).empty]
     known = len(grid) - len(missing)
-    print(f"{len(grid)} cells of {len(levels)} flood levels, {known} of them trained before")
-    try:
-        with settings.setting_errors(), settings.progress_bar(len(missing), "cell", 1) as bar:
-            for cell, rows, times in train_cells(table, missing, bar):
-                cells = add_cells(cells, rows.assign(commit=log.commit))
-                write_files({CELLS_FILE: csv(cells)}, directory)
-                log.cell(cell, rows, times)
-    except DivergenceError as error:
-        fail(str(error))
+    print(f"{len(grid)} cells of {len(levels)} flood levels, {known} trained before", flush=True)
+    with (
+        ending_on(SettingError, status=2),
+        ending_on(DivergenceError),
+        settings.progress_bar(len(missing), "cell", digits=1) as bar,
+    ):
+        for cell, rows, times in train_cells(table, missing, bar):
+            cells = results.add_cells(cells, rows.assign(commit=log.commit))
+            results.write_files({CELLS_FILE: results.csv(cells)}, directory)
+            log.cell(cell, rows, times)
 
-    asked = select_cells(cells, grid)
-    result = compare(asked)
-    print(f"\n{markdown(result)}")
-    files = {
-        "table_synth.md": markdown(result).encode(),
-        "table_synth.csv": csv(result),
-        CELLS_FILE: csv(cells),
-        **plot.png_files({"table_synth.png": plot.draw_table(asked, result)}),
-    }
-    print("Saved:", *write_files(files, directory), flush=True)
+    asked = results.select_cells(cells, grid)
+    compared = results.compare(asked)
+    text = results.markdown(compared)
+    print(f"\n{text}")
+    files = plot.png_files({"table_synth.png": plot.draw_table(asked, compared)})
+    files |= {"table_synth.md": text.encode(), "table_synth.csv": results.csv(compared)}
+    files[CELLS_FILE] = results.csv(cells)
+    print("Saved:", *results.write_files(files, directory), flush=True)
     log.table(f"table of {len(grid)} cells", files, began)
     print(log.how_to_look(means=True))
-    try:
+    with ending_on(TrackingError):
         log.finish()
-    except TrackingError as error:
-        fail(str(error))
 
 
 def train_cells(table: TableSettings, cells: Sequence[Cell], bar: tqdm) -> Iterator[TrainedCell]:

@@ -217,23 +217,21 @@ def parse_flags(settings: type[Flags], description: str) -> Flags:
     `description` is a script's docstring, of which `--help` shows the first paragraph.
     """
     first = " ".join(description.split("\n\n")[0].split())
-    with setting_errors():
+    with ending_on(SettingError, status=2):
         return tyro.cli(settings, description=first, config=(tyro.conf.HelptextFromCommentsOff,))
 
 
 @contextlib.contextmanager
-def setting_errors() -> Iterator[None]:
-    """End the script with an error about the flag that a SettingError is about."""
+def ending_on(*errors: type[Exception], status: int = 1) -> Iterator[None]:
+    """End the script with one line on standard error where one of the errors is raised."""
     try:
         yield
-    except SettingError as error:
-        fail(f"--{error.name.replace('_', '-')} {error.value}: {error.allowed}", status=2)
-
-
-def fail(message: str, status: int = 1) -> NoReturn:
-    """End the script with one line on standard error."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(status)
+    except errors as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, SettingError):
+            text = f"--{error.name.replace('_', '-')} {error.value}: {error.allowed}"
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        sys.exit(status)
 
 
 def exit_on_signals() -> None:

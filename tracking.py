@@ -67,10 +67,9 @@ TABLE_DESCRIPTION = """\
 [**Show the charts**]({means}) of the last synthetic table: means over the trials, a curve a data \
 set and label noise.
 
-By `run_table_synth.py`. Each run is a cell, one trial of one setting, that was trained here; the
-tag `table` ties those of a table together. Its curves go over the flood levels, not over time:
-step k is the k-th level. `last_epoch` is without, `early` with early stopping. A run named `table
-of ...` has the finished table as its artifacts.
+By `run_table_synth.py`. Each run is a cell, one trial of one setting, that was trained here. Its
+curves go over the flood levels, not over time: step k is the k-th level. `last_epoch` is without,
+`early` with early stopping. A run named `table of ...` has the finished table as its artifacts.
 """
 
 
@@ -176,10 +175,9 @@ class Experiment:
         Raises:
             TrackingError: it still does not; says how much is missing, and why.
         """
-        error = self._flush()
-        if error:
-            missing, why = len(self._pending), reason(error)
-            raise TrackingError(f"{store_name()}: {missing} runs are missing there: {why}")
+        if error := self._flush():
+            missing = f"{len(self._pending)} runs are missing there"
+            raise TrackingError(f"{store_name()}: {missing}: {reason(error)}")
 
     def _flush(self) -> Exception | None:
         """Write what is pending; returns the last error if the store does not take all of it."""
@@ -271,10 +269,7 @@ class DemoLog(Experiment):
 
 
 class TableLog(Experiment):
-    """The table's cells that are trained here, a run each, and the finished table's files.
-
-    `shared` and `flood_levels` are what all cells of the table have in common.
-    """
+    """The table's cells that are trained here, a run each, and the finished table's files."""
 
     def __init__(self, shared: Mapping[str, object], flood_levels: Sequence[float]) -> None:
         text = json.dumps([*flood_levels, *map(str, shared.items())])
@@ -332,8 +327,7 @@ def _demo_files(outcome: Outcome) -> dict[str, bytes]:
 def load_demo(run_id: str) -> tuple[pd.DataFrame, dict[str, str], Boundary | None]:
     """Read back what a run has of a demo: history, parameters, what the boundary is drawn from.
 
-    The history has a row a `seed`, `flood_level` and `epoch`. A run of a flood level has its own
-    trial, the result of several trials all of them.
+    A run of a flood level has its own trial, the result of several trials all of them.
 
     Raises:
         TrackingError: there is no such run, or it is not a demo's.
@@ -341,7 +335,7 @@ def load_demo(run_id: str) -> tuple[pd.DataFrame, dict[str, str], Boundary | Non
     uri = tracking_uri()
     path = uri.removeprefix("sqlite:///").partition("?")[0]
     if uri.startswith("sqlite:///") and not Path(path).exists():  # MLflow would make it
-        raise TrackingError(f"there is no {path}")
+        raise TrackingError(f"--run-id {run_id}: there is no {path}")
     try:
         with _quietly(), tempfile.TemporaryDirectory() as folder:
             client = mlflow.MlflowClient(uri)
@@ -354,5 +348,5 @@ def load_demo(run_id: str) -> tuple[pd.DataFrame, dict[str, str], Boundary | Non
                 with np.load(files / BOUNDARY_FILE) as arrays:
                     boundary = Boundary(**arrays)
     except Exception as error:  # of whatever the store is made of
-        raise TrackingError(f"it cannot be read: {reason(error)}") from error
+        raise TrackingError(f"--run-id {run_id}: it cannot be read: {reason(error)}") from error
     return history, parameters, boundary
