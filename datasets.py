@@ -1,8 +1,8 @@
 """The four synthetic data sets of the paper's section 4.1 and of the authors' demo.
 
-Each is said in one place: its entry in DATASETS at the end of this file. Labels are classes 0
-(negative) and 1 (positive). Label noise flips a fixed number of the labels of each split; the
-clean labels are kept beside the noisy ones.
+Each is said in one place: its entry in DATASETS. Labels are classes 0 (negative) and 1 (positive).
+Label noise flips a fixed number of the labels of each split; the clean labels are kept beside the
+noisy ones.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.random import Generator
 
-if TYPE_CHECKING:
-    from settings import DataSettings
+from settings import SPLITS, check, check_counts, fill, flag
 
 GAUSSIAN_DIMENSIONS = 10
 GAUSSIAN_SHIFT = 1.0  # m: the negative mean is (m, ..., m), the positive mean the origin
@@ -63,46 +62,6 @@ class Source:
     draw: Callable[[int, float, Generator], Drawn]
     boundary: Callable[[np.ndarray], np.ndarray] | None = None
     best_accuracy: Callable[[float], float] = lambda spiral_noise: math.nan
-
-
-def make_dataset(settings: DataSettings, seed: int) -> Dataset:
-    """Draw the three splits, each from a child stream of its own made from the seed.
-
-    Inputs and flipped labels have streams of their own too, so neither the size of one split nor
-    the label noise changes anything else. [released code for the formulas and sizes; the random
-    streams are this project's]
-    """
-    samples = (settings.train_samples, settings.val_samples, settings.test_samples)
-    streams = np.random.SeedSequence(seed).spawn(3)
-    return Dataset(*(_make_split(settings, *split) for split in zip(samples, streams)))
-
-
-def _make_split(settings: DataSettings, samples: int, stream: np.random.SeedSequence) -> Split:
-    generator, noise_generator = (np.random.default_rng(child) for child in stream.spawn(2))
-    draw = DATASETS[settings.dataset].draw
-    inputs, labels = draw(samples, settings.spiral_noise, generator)
-    labels = labels.astype(np.int64)
-    noisy = flip_labels(labels, settings.label_noise, noise_generator)
-    return Split(inputs.astype(np.float32), noisy, labels)
-
-
-def flip_labels(labels: np.ndarray, label_noise: float, generator: Generator) -> np.ndarray:
-    """Return a copy with exactly int(label_noise * n) labels flipped. [released code]"""
-    flipped = generator.permutation(len(labels))[: int(label_noise * len(labels))]
-    noisy = labels.copy()
-    noisy[flipped] = 1 - noisy[flipped]
-    return noisy
-
-
-def best_possible_accuracy(settings: DataSettings, label_noise: float) -> float:
-    """Return the test accuracy of the best classifier of the clean labels; NaN if not known.
-
-    On labels of which a share rho is flipped it is a (1 - rho) + (1 - a) rho, with a the accuracy
-    on clean ones; rho is the share that `label_noise` flips of the test split.
-    """
-    clean = DATASETS[settings.dataset].best_accuracy(settings.spiral_noise)
-    flipped = int(label_noise * settings.test_samples) / settings.test_samples
-    return clean * (1 - flipped) + (1 - clean) * flipped
 
 
 def _sinusoid2d(samples: int, _spiral_noise: float, generator: Generator) -> Drawn:
@@ -170,3 +129,85 @@ DATASETS = {
     "gaussian": Source((200, 200, 20_000), _gaussian, None, _gaussian_best_accuracy),
     "spiral": Source((200, 200, 20_000), _spiral, _spiral_boundary, _spiral_best_accuracy),
 }
+DatasetName = Literal[tuple(DATASETS)]
+SplitSize = Annotated[int | None, flag("N", "(default: the authors' size, see the README)")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What a data set is made from; together with the seed it fixes every bit of it."""
+
+    dataset: DatasetName
+    """data set"""
+    label_noise: Annotated[float, flag("FRACTION")]
+    """fraction of the labels of each split that is flipped, in [0, 1)"""
+    spiral_noise: Annotated[float, flag("TAU")] = 0.0
+    """standard deviation of the points around the arms of the spiral (the paper's tau)"""
+    train_samples: SplitSize = None
+    """training examples in all"""
+    val_samples: SplitSize = None
+    """validation examples in all"""
+    test_samples: SplitSize = None
+    """test examples in all"""
+
+    def __post_init__(self) -> None:
+        name, noise, tau = self.dataset, self.label_noise, self.spiral_noise
+        check(name in DATASETS, "dataset", repr(name), f"one of {', '.join(DATASETS)}")
+        check(0 <= noise < 1, "label_noise", noise, "a fraction in [0, 1)")
+        check(0 <= tau < math.inf, "spiral_noise", tau, "a finite number >= 0")
+        sizes = [f"{split}_samples" for split in SPLITS]
+        fill(self, **dict(zip(sizes, DATASETS[name].samples)))
+        check_counts(self, *sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell(DataSettings):
+    """A cell of the table: one trial of one setting, with all its flood levels.
+
+    The seed is the trial's: its data, initial weights and mini-batches are drawn from it.
+    """
+
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.dataset}, label noise {self.label_noise:g}, seed {self.seed}"
+
+
+def make_dataset(settings: DataSettings, seed: int) -> Dataset:
+    """Draw the three splits, each from a child stream of its own made from the seed.
+
+    Inputs and flipped labels have streams of their own too, so neither the size of one split nor
+    the label noise changes anything else. [released code for the formulas and sizes; the random
+    streams are this project's]
+    """
+    samples = (settings.train_samples, settings.val_samples, settings.test_samples)
+    streams = np.random.SeedSequence(seed).spawn(3)
+    return Dataset(*(_make_split(settings, *split) for split in zip(samples, streams)))
+
+
+def _make_split(settings: DataSettings, samples: int, stream: np.random.SeedSequence) -> Split:
+    generator, noise_generator = (np.random.default_rng(child) for child in stream.spawn(2))
+    draw = DATASETS[settings.dataset].draw
+    inputs, labels = draw(samples, settings.spiral_noise, generator)
+    labels = labels.astype(np.int64)
+    noisy = flip_labels(labels, settings.label_noise, noise_generator)
+    return Split(inputs.astype(np.float32), noisy, labels)
+
+
+def flip_labels(labels: np.ndarray, label_noise: float, generator: Generator) -> np.ndarray:
+    """Return a copy with exactly int(label_noise * n) labels flipped. [released code]"""
+    flipped = generator.permutation(len(labels))[: int(label_noise * len(labels))]
+    noisy = labels.copy()
+    noisy[flipped] = 1 - noisy[flipped]
+    return noisy
+
+
+def best_possible_accuracy(settings: DataSettings, label_noise: float) -> float:
+    """Return the test accuracy of the best classifier of the clean labels; NaN if not known.
+
+    On labels of which a share rho is flipped it is a (1 - rho) + (1 - a) rho, with a the accuracy
+    on clean ones; rho is the share that `label_noise` flips of the test split.
+    """
+    clean = DATASETS[settings.dataset].best_accuracy(settings.spiral_noise)
+    flipped = int(label_noise * settings.test_samples) / settings.test_samples
+    return clean * (1 - flipped) + (1 - clean) * flipped

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from datasets import best_possible_accuracy
-from settings import SCORES, SPLITS, STOPPINGS, Cell, DataSettings
+from datasets import Cell, DataSettings, best_possible_accuracy
+from settings import SCORES, SPLITS, STOPPINGS
 
 if TYPE_CHECKING:
     from train import Boundary

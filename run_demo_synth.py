@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 import settings
-from settings import Count, DataSettings, ModelSettings, RunSettings, TrainSettings, ending_on
+from datasets import DatasetName, DataSettings
+from settings import Count, ModelSettings, RunSettings, TrainSettings, ending_on
 
 FLOOD_LEVELS = {"sgd": (0.26, 0.27, 0.28), "adam": (0.24, 0.25, 0.26)}
 
@@ -25,7 +26,7 @@ class DemoSettings(RunSettings, TrainSettings, ModelSettings, DataSettings):
     Setting 1, SGD, is the one that they run; setting 2, Adam, is there but never run.
     """
 
-    dataset: settings.DatasetName = "sinusoid2d"
+    dataset: DatasetName = "sinusoid2d"
     label_noise: Annotated[float, settings.flag("FRACTION")] = 0.1
     hidden_layers: Count = 4
     batch_norm: bool = True

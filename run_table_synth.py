@@ -18,17 +18,18 @@ from typing import Annotated
 import tyro
 
 import settings
-from settings import Cell, Count, ModelSettings, SettingError, TrainSettings, ending_on, flag
+from datasets import Cell, DatasetName, DataSettings
+from settings import Count, ModelSettings, SettingError, TrainSettings, ending_on, flag
 
 CELLS_FILE = "table_synth_cells.csv"
 CORES_A_CELL = 4  # with Ray, at most: what more cores add to a training of this size is little
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableSettings(settings.RunSettings, TrainSettings, ModelSettings, settings.DataSettings):
+class TableSettings(settings.RunSettings, TrainSettings, ModelSettings, DataSettings):
     """All of a table. The defaults are the paper's, section 4.1; no batch norm is assumed."""
 
-    dataset: tuple[settings.DatasetName, ...] = ("gaussian", "sinusoid2d", "spiral")
+    dataset: tuple[DatasetName, ...] = ("gaussian", "sinusoid2d", "spiral")
     """data sets"""
     label_noise: Annotated[tuple[float, ...], flag("FRACTION [FRACTION ...]")] = (0.01, 0.05, 0.1)
     """fractions of each split's labels that are flipped, in [0, 1)"""
@@ -77,7 +78,7 @@ class TableSettings(settings.RunSettings, TrainSettings, ModelSettings, settings
 
     def grid(self) -> list[Cell]:
         """Return the cells, trials outermost: a table that is stopped has all settings."""
-        data = {field.name: getattr(self, field.name) for field in fields(settings.DataSettings)}
+        data = {field.name: getattr(self, field.name) for field in fields(DataSettings)}
         return [
             Cell(**{**data, "dataset": dataset, "label_noise": noise, "seed": seed})
             for seed in range(self.seed, self.seed + self.trials)

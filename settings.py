@@ -1,8 +1,8 @@
 """What an experiment is made from, and the command lines made from it.
 
-A setting is said once, here or, if one script alone has it, at the top of that script: its name
-is the flag, the string under it the flag's help (tyro reads both). A dataclass checks itself when
-it is made, and raises SettingError; it needs nothing heavy to do so.
+A setting is said once, here, with the data sets or, if one script alone has it, at the top of that
+script: its name is the flag, the string under it the flag's help (tyro reads both). A dataclass
+checks itself when it is made, and raises SettingError; it needs nothing heavy to do so.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from typing import Annotated, Literal, NoReturn, TypeVar
 
 import tyro
 from tqdm import tqdm
-
-from datasets import DATASETS
 
 # Raised by hand whenever a change to data, network or training changes the figures: cells of the
 # table that an older version trained are then refused.
@@ -78,52 +76,10 @@ def flag(metavar: str, default: str | None = None) -> object:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=default)
 
 
-DatasetName = Literal[tuple(DATASETS)]
 OptimizerName = Literal["sgd", "adam"]
 Count = Annotated[int, flag("N")]
-SplitSize = Annotated[int | None, flag("N", "(default: the authors' size, see the README)")]
 LearningRate = Annotated[float | None, flag("RATE", "(default: 0.01 for sgd, 0.001 for adam)")]
 Momentum = Annotated[float | None, flag("M", f"(default: {DEFAULT_SGD_MOMENTUM})")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """What a data set is made from; together with the seed it fixes every bit of it."""
-
-    dataset: DatasetName
-    """data set"""
-    label_noise: Annotated[float, flag("FRACTION")]
-    """fraction of the labels of each split that is flipped, in [0, 1)"""
-    spiral_noise: Annotated[float, flag("TAU")] = 0.0
-    """standard deviation of the points around the arms of the spiral (the paper's tau)"""
-    train_samples: SplitSize = None
-    """training examples in all"""
-    val_samples: SplitSize = None
-    """validation examples in all"""
-    test_samples: SplitSize = None
-    """test examples in all"""
-
-    def __post_init__(self) -> None:
-        name, noise, tau = self.dataset, self.label_noise, self.spiral_noise
-        check(name in DATASETS, "dataset", repr(name), f"one of {', '.join(DATASETS)}")
-        check(0 <= noise < 1, "label_noise", noise, "a fraction in [0, 1)")
-        check(0 <= tau < math.inf, "spiral_noise", tau, "a finite number >= 0")
-        sizes = [f"{split}_samples" for split in SPLITS]
-        fill(self, **dict(zip(sizes, DATASETS[name].samples)))
-        check_counts(self, *sizes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell(DataSettings):
-    """A cell of the table: one trial of one setting, with all its flood levels.
-
-    The seed is the trial's: its data, initial weights and mini-batches are drawn from it.
-    """
-
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.dataset}, label noise {self.label_noise:g}, seed {self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)

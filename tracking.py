@@ -44,9 +44,9 @@ from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from mlflow.tracking.context.registry import resolve_tags
 
-from datasets import Dataset, make_dataset
+from datasets import Cell, Dataset, DataSettings, make_dataset
 from results import FIGURES, Outcome, csv
-from settings import SPLITS, Cell, DataSettings
+from settings import SPLITS
 from train import METRICS, Boundary, Trial, where
 
 PATIENCE_SECONDS = 5.0  # how long a store that refuses runs is asked again at a time
@@ -199,9 +199,9 @@ class Experiment:
         tags: Mapping[str, str], files: Mapping[str, bytes],
         curves: pd.DataFrame, datasets: Sequence[DatasetInput],
     ) -> None:  # fmt: skip
-        """Write a run that began and ended at these times, in seconds since 1970.
+        """Write a run with these times of its begin and end, and artifacts by their names.
 
-        `curves` has a column a metric, by step; `files` are the run's artifacts by their names.
+        Times are in seconds since 1970; `curves` has a column a metric, by step.
         """
         self._delete_half_written()
         client = mlflow.MlflowClient()
@@ -254,17 +254,19 @@ class DemoLog(Experiment):
             curves = rows.set_index("epoch")[list(METRICS)]
             curves.columns = [name.replace("_", "/", 1) for name in METRICS]  # makes sections
             tags = {"chosen": "yes" if chosen else "no", "mlflow.runColor": outcome.colors[level]}
+            tags["mlflow.note.content"] = f"```\n{outcome.summary}\n```\n"
             self.log(
                 f"{name} (chosen)" if chosen else name, (trial.started, trial.ended),
                 {**self._parameters, "seed": trial.seed, "flood_level": level},
-                {**self._where, **_note(outcome), **tags},
+                {**self._where, **tags},
                 {**_demo_files(outcome), **pictures}, curves, datasets,
             )  # fmt: skip
 
     def result(self, outcome: Outcome, pictures: Mapping[str, bytes], started: float) -> None:
         """Log what several trials come to, as a run of its own."""
         name, times = f"result of {self._parameters['trials']} trials", (started, time.time())
-        tags, files = {**self._where, **_note(outcome)}, {**_demo_files(outcome), **pictures}
+        tags = {**self._where, "mlflow.note.content": f"```\n{outcome.summary}\n```\n"}
+        files = {**_demo_files(outcome), **pictures}
         self.log(name, times, self._parameters, tags, files, pd.DataFrame(), ())
 
 
@@ -309,10 +311,6 @@ def describe_datasets(settings: DataSettings, seed: int, data: Dataset) -> list[
         tags = [InputTag("mlflow.data.context", context)]
         inputs.append(DatasetInput(dataset._to_mlflow_entity(), tags))
     return inputs
-
-
-def _note(outcome: Outcome) -> dict[str, str]:
-    return {"mlflow.note.content": f"```\n{outcome.summary}\n```\n"}
 
 
 def _demo_files(outcome: Outcome) -> dict[str, bytes]:
