@@ -142,7 +142,8 @@ def _draw_curves(
     if compared and not chosen:
         title += " (validation chose no flooding)"
     _write_title(figure, title, parameters)
-    if score == "loss" and compared and str(parameters["batch_norm"]) == "True":
+    with_norm = str(parameters["batch_norm"]) == "True" and parameters["flood_on"] == "batch"
+    if score == "loss" and compared and with_norm:
         _explain_modes(figure, history[history.flood_level == compared], compared)
     figure.legend(
         [Line2D([], [], color=NEUTRAL_COLOR, linestyle=style) for style in (TRAIN_STYLE, "solid")],
