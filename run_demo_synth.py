@@ -1,4 +1,4 @@
-"""Train with and without flooding on the paper's synthetic data and see the difference.
+"""Train with and without flooding on the paper's synthetic data, and compare.
 
 Without flags this is the authors' demo: the two-dimensional sinusoid with a tenth of the labels
 flipped, an MLP without flooding and with three flood levels. It saves `synth_loss.png`,
@@ -46,7 +46,7 @@ class DemoSettings(RunSettings, TrainSettings, ModelSettings, DataSettings):
     """trials; trial t draws data and weights from seed + t"""
 
     def __post_init__(self) -> None:
-        for part in (DataSettings, ModelSettings, TrainSettings, RunSettings):
+        for part in (DataSettings, ModelSettings, TrainSettings):
             part.__post_init__(self)
         settings.fill(self, flood_levels=FLOOD_LEVELS[self.optimizer])
         for level in self.flood_levels:
@@ -54,6 +54,7 @@ class DemoSettings(RunSettings, TrainSettings, ModelSettings, DataSettings):
         object.__setattr__(self, "flood_levels", tuple(sorted({0.0, *self.flood_levels})))
         settings.check_counts(self, "eval_every", "trials")
         self.check_batches(self.train_samples, self.batch_norm)
+        RunSettings.__post_init__(self)  # last: it makes the folder
 
 
 if __name__ == "__main__":  # before the heavy imports: --help and wrong flags are answered at once

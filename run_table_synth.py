@@ -1,4 +1,4 @@
-"""Reproduce the paper's synthetic table: flooding without (A) and with (B) early stopping.
+"""Reproduce the paper's synthetic table, without (A) and with (B) early stopping.
 
 Two Gaussians, sinusoid and spiral at three strengths of label noise, flood levels 0 to 0.50,
 ten trials: 4 590 trainings. A cell, one trial of one setting with all its flood levels, is
@@ -52,7 +52,7 @@ class TableSettings(settings.RunSettings, TrainSettings, ModelSettings, DataSett
     """train cells side by side, with Ray on this machine or on the cluster at this address"""
 
     def __post_init__(self) -> None:
-        for part in (ModelSettings, TrainSettings, settings.RunSettings):
+        for part in (ModelSettings, TrainSettings):
             part.__post_init__(self)
         trials, step = (2, 0.1) if self.quick else (10, 0.01)
         settings.fill(self, trials=trials, flood_step=step)
@@ -64,6 +64,7 @@ class TableSettings(settings.RunSettings, TrainSettings, ModelSettings, DataSett
         settings.check(there, "ray", self.ray, "only with Ray: pip install ray")
         for cell in self.grid():
             self.check_batches(cell.train_samples, self.batch_norm)
+        settings.RunSettings.__post_init__(self)  # last: it makes the folder
 
     def flood_levels(self) -> list[float]:
         """Return the levels 0, step, 2 step, ... that are not above the highest."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
+import os
 import signal
 import sys
 import tempfile
@@ -207,10 +207,12 @@ def progress_bar(total: int, unit: str, digits: int = 0) -> tqdm:
 
     It counts `unit`s with so many `digits`. A terminal that does not say its width has 80 columns.
     """
-    seconds = 0.1 if sys.stderr.isatty() else 30
+    terminal = sys.stderr.isatty()
+    columns = os.get_terminal_size(sys.stderr.fileno()).columns if terminal else 0
+    seconds = 0.1 if terminal else 30
     counted = f"{{n:.{digits}f}} of {{total}} {unit}s [{{elapsed}}<{{remaining}}{{postfix}}]"
     return tqdm(
         total=total, leave=False, miniters=0, mininterval=seconds, maxinterval=seconds,
-        delay=seconds - 0.1, ncols=shutil.get_terminal_size().columns,
+        delay=seconds - 0.1, ncols=columns or 80,
         bar_format=f"{{percentage:3.0f}}%|{{bar}}| {counted}",
     )  # fmt: skip

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import getpass
 import hashlib
 import io
 import json
@@ -40,6 +41,7 @@ import numpy as np
 import pandas as pd
 import sqlalchemy.exc
 import torch
+from filelock import FileLock
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from mlflow.tracking.context.registry import resolve_tags
@@ -94,7 +96,9 @@ def reason(error: BaseException) -> str:
     while cause:
         if isinstance(cause, OSError) and cause.strerror:  # "Connection refused"
             return cause.strerror
-        if isinstance(cause, sqlalchemy.exc.DBAPIError):
+        # A driver takes what follows the first "@" for the host, and names it.
+        named = tracking_uri().count("@") > 1
+        if isinstance(cause, sqlalchemy.exc.DBAPIError) and str(cause.orig) and not named:
             return str(cause.orig).splitlines()[0]
         if isinstance(cause, (ImportError, sqlalchemy.exc.NoSuchModuleError)):  # of a driver
             return str(cause)
@@ -133,9 +137,11 @@ class Experiment:
         state = json.dumps({"searchFilter": self._query, "groupBy": group})
         now = int(time.time() * 1000)
         view = {"name": f"means by {group_by}", "createdAt": now, "updatedAt": now, "state": state}
+        # Two processes that set the same new store up at once break it.
+        lock = FileLock(Path(tempfile.gettempdir()) / f"flooding-{getpass.getuser()}.lock")
         # SQLAlchemy, the HTTP client and the file system have errors of their own.
         try:
-            with _quietly():
+            with _quietly(), lock:
                 mlflow.set_tracking_uri(tracking_uri())
                 self._id = mlflow.set_experiment(name).experiment_id
                 runs = f"#/experiments/{self._id}/runs"
@@ -164,23 +170,12 @@ class Experiment:
         shown = f'"{uri}"' if uri.startswith("$") else shlex.quote(uri)
         return f"Charts: {shlex.join(command)} {shown}\nand open http://127.0.0.1:5000/{page}"
 
-    def log(self, *run: object) -> None:
-        """Write a run, see `_write`, and those that the store has not taken before; never fails."""
-        self._pending.append(functools.partial(self._write, *run))
-        self._flush()
+    def log(self, *runs: tuple) -> Exception | None:
+        """Write runs, see `_write`, and those that the store has not taken before.
 
-    def finish(self) -> None:
-        """Try once more what the store has not taken.
-
-        Raises:
-            TrackingError: it still does not; says how much is missing, and why.
+        Returns the last error if the store does not take all of them.
         """
-        if error := self._flush():
-            missing = f"{len(self._pending)} runs are missing there"
-            raise TrackingError(f"{store_name()}: {missing}: {reason(error)}")
-
-    def _flush(self) -> Exception | None:
-        """Write what is pending; returns the last error if the store does not take all of it."""
+        self._pending += [functools.partial(self._write, *run) for run in runs]
         deadline = time.monotonic() + PATIENCE_SECONDS
         while self._pending:
             write = self._pending.popleft()
@@ -193,6 +188,16 @@ class Experiment:
                     return error
                 time.sleep(0.2)
         return None
+
+    def finish(self) -> None:
+        """Try once more what the store has not taken.
+
+        Raises:
+            TrackingError: it still does not; says how much is missing, and why.
+        """
+        if error := self.log():
+            missing = f"{len(self._pending)} runs are missing there"
+            raise TrackingError(f"{store_name()}: {missing}: {reason(error)}")
 
     def _write(
         self, name: str, times: tuple[float, float], parameters: Mapping[str, object],
@@ -247,7 +252,7 @@ class DemoLog(Experiment):
 
     def trial(self, trial: Trial, outcome: Outcome, pictures: Mapping[str, bytes]) -> None:
         """Log a trial's runs."""
-        datasets = describe_datasets(self._data, trial.seed, trial.data)
+        datasets, runs = describe_datasets(self._data, trial.seed, trial.data), []
         for level, rows in trial.history.groupby("flood_level"):
             name = f"b = {level:g}" if level else "no flooding"
             chosen = level == outcome.chosen
@@ -255,19 +260,21 @@ class DemoLog(Experiment):
             curves.columns = [name.replace("_", "/", 1) for name in METRICS]  # makes sections
             tags = {"chosen": "yes" if chosen else "no", "mlflow.runColor": outcome.colors[level]}
             tags["mlflow.note.content"] = f"```\n{outcome.summary}\n```\n"
-            self.log(
+            run = (
                 f"{name} (chosen)" if chosen else name, (trial.started, trial.ended),
                 {**self._parameters, "seed": trial.seed, "flood_level": level},
                 {**self._where, **tags},
                 {**_demo_files(outcome), **pictures}, curves, datasets,
             )  # fmt: skip
+            runs.append(run)
+        self.log(*runs)
 
     def result(self, outcome: Outcome, pictures: Mapping[str, bytes], started: float) -> None:
         """Log what several trials come to, as a run of its own."""
         name, times = f"result of {self._parameters['trials']} trials", (started, time.time())
         tags = {**self._where, "mlflow.note.content": f"```\n{outcome.summary}\n```\n"}
         files = {**_demo_files(outcome), **pictures}
-        self.log(name, times, self._parameters, tags, files, pd.DataFrame(), ())
+        self.log((name, times, self._parameters, tags, files, pd.DataFrame(), ()))
 
 
 class TableLog(Experiment):
@@ -288,15 +295,14 @@ class TableLog(Experiment):
             for stopping, of_stopping in rows.groupby("stopping", sort=False)
             for name, curve in of_stopping[FIGURES].reset_index(drop=True).items()
         }
-        self.log(
-            str(cell), times, {**asdict(cell), **self._shared, "setting": setting},
-            rows[["torch", "device"]].iloc[0].to_dict(), {}, pd.DataFrame(curves),
-            describe_datasets(cell, cell.seed, make_dataset(cell, cell.seed)),
-        )  # fmt: skip
+        parameters = {**asdict(cell), **self._shared, "setting": setting}
+        origin = rows[["torch", "device"]].iloc[0].to_dict()
+        datasets = describe_datasets(cell, cell.seed, make_dataset(cell, cell.seed))
+        self.log((str(cell), times, parameters, origin, {}, pd.DataFrame(curves), datasets))
 
     def table(self, name: str, files: Mapping[str, bytes], started: float) -> None:
         """Keep a finished table's files in a run of their own."""
-        self.log(name, (started, time.time()), self._shared, {}, files, pd.DataFrame(), ())
+        self.log((name, (started, time.time()), self._shared, {}, files, pd.DataFrame(), ()))
 
 
 def describe_datasets(settings: DataSettings, seed: int, data: Dataset) -> list[DatasetInput]:
