@@ -1,4 +1,4 @@
-"""Draw what flooding does: a demo's curves and decision boundaries, the paper's table.
+"""Draw what flooding does: a demo's curves and boundaries, the paper's table.
 
 `python plot.py --run-id ID` draws the pictures of a demo again from what MLflow has.
 """

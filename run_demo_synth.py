@@ -57,7 +57,8 @@ class DemoSettings(RunSettings, TrainSettings, ModelSettings, DataSettings):
         RunSettings.__post_init__(self)  # last: it makes the folder
 
 
-if __name__ == "__main__":  # before the heavy imports: --help and wrong flags are answered at once
+if __name__ == "__main__":  # before the heavy imports: --help and Ctrl-C are answered at once
+    settings.exit_on_signals()
     DEMO = settings.parse_flags(DemoSettings, __doc__)
 
 import pandas as pd
@@ -73,7 +74,6 @@ from train import DivergenceError, Trial, count_epochs, find_boundary, prepare_p
 
 
 def main(demo: DemoSettings) -> None:
-    settings.exit_on_signals()
     with ending_on(settings.SettingError, status=2):
         device = prepare_process(demo.device)
     shown_levels = " ".join(f"{level:g}" for level in demo.flood_levels)

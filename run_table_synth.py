@@ -88,7 +88,8 @@ class TableSettings(settings.RunSettings, TrainSettings, ModelSettings, DataSett
         ]
 
 
-if __name__ == "__main__":  # before the heavy imports: --help and wrong flags are answered at once
+if __name__ == "__main__":  # before the heavy imports: --help and Ctrl-C are answered at once
+    settings.exit_on_signals()
     TABLE = settings.parse_flags(TableSettings, __doc__)
 
 import pandas as pd
@@ -107,7 +108,6 @@ TrainedCell = tuple[Cell, pd.DataFrame, tuple[float, float]]  # its rows; from w
 
 
 def main(table: TableSettings) -> None:
-    settings.exit_on_signals()
     began, directory = time.time(), table.output_dir
     levels, shared, grid = table.flood_levels(), table.shared(), table.grid()
     lock = FileLock(directory / "table_synth.lock", blocking=False)  # until the process ends

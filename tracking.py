@@ -61,13 +61,12 @@ DEMO_DESCRIPTION = """\
 [**Show the charts**]({charts}) of training with and without flooding, or the last demo's \
 [**means over its trials**]({means}) by flood level.
 
-By `run_demo_synth.py`. Each run is one flood level of one trial; the tag `demo` ties the runs of a
-demo together, and the level that a trial chose is marked in its name. `_noisy` is against the
-labels as they are given, a part of them flipped, `_clean` against the true ones.
+By `run_demo_synth.py`. Each run is one flood level of one trial, and the level that a trial chose
+is marked in its name. `_noisy` is against the labels as they are given, a part of them flipped,
+`_clean` against the true ones.
 """
 TABLE_DESCRIPTION = """\
-[**Show the charts**]({means}) of the last synthetic table: means over the trials, a curve a data \
-set and label noise.
+[**Show the charts**]({means}) of the last table: means over the trials, a curve a setting.
 
 By `run_table_synth.py`. Each run is a cell, one trial of one setting, that was trained here. Its
 curves go over the flood levels, not over time: step k is the k-th level. `last_epoch` is without,
@@ -80,7 +79,7 @@ class TrackingError(Exception):
 
 
 def tracking_uri() -> str:
-    """Return where the runs are kept: MLFLOW_TRACKING_URI, else SQLite in the current folder."""
+    """Return the address of the store."""
     return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
@@ -131,12 +130,10 @@ class Experiment:
     def __init__(self, name: str, description: str, tie: tuple[str, str], group_by: str) -> None:
         self._tie, self._query = dict([tie]), f"tags.{tie[0]} = '{tie[1]}'"
         self._pending: deque[Callable[[], None]] = deque()
-        self._half_written: list[str] = []  # ids of runs to be deleted
         keys = [{"mode": "param", "groupByData": group_by}]
         group = {"aggregateFunction": "average", "groupByKeys": keys}
         state = json.dumps({"searchFilter": self._query, "groupBy": group})
-        now = int(time.time() * 1000)
-        view = {"name": f"means by {group_by}", "createdAt": now, "updatedAt": now, "state": state}
+        view = {"name": f"means by {group_by}", "createdAt": 0, "updatedAt": 0, "state": state}
         # Two processes that set the same new store up at once break it.
         lock = FileLock(Path(tempfile.gettempdir()) / f"flooding-{getpass.getuser()}.lock")
         # SQLAlchemy, the HTTP client and the file system have errors of their own.
@@ -196,8 +193,8 @@ class Experiment:
             TrackingError: it still does not; says how much is missing, and why.
         """
         if error := self.log():
-            missing = f"{len(self._pending)} runs are missing there"
-            raise TrackingError(f"{store_name()}: {missing}: {reason(error)}")
+            missing = f"runs that are missing there: {len(self._pending)}"
+            raise TrackingError(f"{store_name()}: {missing} ({reason(error)})")
 
     def _write(
         self, name: str, times: tuple[float, float], parameters: Mapping[str, object],
@@ -208,7 +205,7 @@ class Experiment:
 
         Times are in seconds since 1970; `curves` has a column a metric, by step.
         """
-        self._delete_half_written()
+        self._delete_half_written(name)
         client = mlflow.MlflowClient()
         started, ended = (int(1000 * time) for time in times)
         tags = {**resolve_tags(), **self._tie, **tags}
@@ -230,14 +227,15 @@ class Experiment:
                 client.log_artifacts(run_id, folder)
             client.set_terminated(run_id, "FINISHED", ended)
         except BaseException:  # Ctrl-C too
-            self._half_written.append(run_id)
-            self._delete_half_written()
+            with contextlib.suppress(Exception):  # then before the next try
+                self._delete_half_written(name)
             raise
 
-    def _delete_half_written(self) -> None:
-        while self._half_written:
-            mlflow.MlflowClient().delete_run(self._half_written[-1])
-            self._half_written.pop()
+    def _delete_half_written(self, name: str) -> None:
+        """Delete what a try has left of a run, also one whose answer was lost."""
+        query = f"{self._query} and attributes.status = 'RUNNING' and run_name = '{name}'"
+        for run in mlflow.MlflowClient().search_runs([self._id], query):
+            mlflow.MlflowClient().delete_run(run.info.run_id)
 
 
 class DemoLog(Experiment):
@@ -307,8 +305,8 @@ class TableLog(Experiment):
 
 def describe_datasets(settings: DataSettings, seed: int, data: Dataset) -> list[DatasetInput]:
     """Return what MLflow shows of a data set: of each split its name, shape and digest."""
-    values = {field.name: getattr(settings, field.name) for field in fields(DataSettings)}
-    source = CodeDatasetSource({**values, "seed": seed})
+    source = {field.name: getattr(settings, field.name) for field in fields(DataSettings)}
+    source = CodeDatasetSource({**source, "seed": seed})
     name, inputs = f"{settings.dataset}, label noise {settings.label_noise:g}", []
     for split_name, context in zip(SPLITS, ("train", "validation", "test")):
         split = getattr(data, split_name)
