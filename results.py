@@ -235,7 +235,8 @@ def read_cells(
         cells = cells.assign(**{name: EARLIER[name] for name in EARLIER if name not in cells})
         if missing := [name for name in columns if name not in cells]:
             raise CellsError(f"{path}: has no column {missing[0]}")
-        if len(cells) == 0 or cells[columns].isna().any(axis=None):
+        whole = path.read_bytes().endswith(b"\n")
+        if len(cells) == 0 or cells[columns].isna().any(axis=None) or not whole:
             raise CellsError(f"{path}: is cut short, figures are missing")
         for name, value in shared.items():
             if (other := cells[name][cells[name] != value]).size:

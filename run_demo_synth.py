@@ -74,6 +74,7 @@ from train import DivergenceError, Trial, count_epochs, find_boundary, prepare_p
 
 
 def main(demo: DemoSettings) -> None:
+    settings.exit_on_signals()
     with ending_on(settings.SettingError, status=2):
         device = prepare_process(demo.device)
     shown_levels = " ".join(f"{level:g}" for level in demo.flood_levels)

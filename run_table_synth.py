@@ -9,6 +9,7 @@ was. With `--ray` cells are trained side by side, on one machine or several.
 from __future__ import annotations
 
 import importlib.util
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -57,6 +58,8 @@ class TableSettings(settings.RunSettings, TrainSettings, ModelSettings, DataSett
         trials, step = (2, 0.1) if self.quick else (10, 0.01)
         settings.fill(self, trials=trials, flood_step=step)
         settings.check_counts(self, "trials")
+        for name in ("dataset", "label_noise"):
+            settings.check(len(getattr(self, name)) > 0, name, "", "at least one")
         highest, step = self.flood_max, self.flood_step
         settings.check(0 < highest < 100, "flood_max", highest, "a number of nats in (0, 100)")
         settings.check(0.0001 <= step <= highest, "flood_step", step, "from 0.0001 to --flood-max")
@@ -108,6 +111,7 @@ TrainedCell = tuple[Cell, pd.DataFrame, tuple[float, float]]  # its rows; from w
 
 
 def main(table: TableSettings) -> None:
+    settings.exit_on_signals()
     began, directory = time.time(), table.output_dir
     levels, shared, grid = table.flood_levels(), table.shared(), table.grid()
     lock = FileLock(directory / "table_synth.lock", blocking=False)  # until the process ends
@@ -158,7 +162,7 @@ def train_cells(table: TableSettings, cells: Sequence[Cell], bar: tqdm) -> Itera
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(table.device != "cpu" and any("GPU" in node for node in nodes))
-    cores = min(CORES_A_CELL, *(node["CPU"] for node in nodes if "CPU" in node))
+    cores = min([CORES_A_CELL, *(node["CPU"] for node in nodes if "CPU" in node)])
     remote = ray.remote(train_cell).options(num_cpus=cores, num_gpus=gpus, max_retries=-1)
     waiting = [remote.remote(table, cell) for cell in cells]
     while waiting:
@@ -198,8 +202,11 @@ def start_ray(address: str) -> None:
     unneeded = [".git", ".venv", "figures", "tests", "mlruns", "mlartifacts", "*.db"]
     code = {"working_dir": str(Path(__file__).parent), "excludes": unneeded}
     try:
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        if port.isdecimal():  # where nothing answers, Ray would ask for twelve minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         ray.init(address, runtime_env=code, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
         raise SettingError("ray", address, f"local, or a running cluster's ({error})") from error
     settings.exit_on_signals()  # Ray has set handlers of its own
 

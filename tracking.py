@@ -55,8 +55,7 @@ PATIENCE_SECONDS = 5.0  # how long a store that refuses runs is asked again at a
 MAX_POINTS = 1000  # of metrics in one call, MLflow's limit
 HISTORY_FILE, BOUNDARY_FILE = "history.csv", "boundary.npz"  # what a demo's pictures come from
 
-# The first line is what the folded description shows. The UI opens at its page for language
-# models: the links go to the charts.
+# The first line is what the folded description shows.
 DEMO_DESCRIPTION = """\
 [**Show the charts**]({charts}) of training with and without flooding, or the last demo's \
 [**means over its trials**]({means}) by flood level.
@@ -136,7 +135,6 @@ class Experiment:
         view = {"name": f"means by {group_by}", "createdAt": 0, "updatedAt": 0, "state": state}
         # Two processes that set the same new store up at once break it.
         lock = FileLock(Path(tempfile.gettempdir()) / f"flooding-{getpass.getuser()}.lock")
-        # SQLAlchemy, the HTTP client and the file system have errors of their own.
         try:
             with _quietly(), lock:
                 mlflow.set_tracking_uri(tracking_uri())
@@ -151,7 +149,7 @@ class Experiment:
                     f"mlflow.sharedViewState.{tie[1]}": json.dumps(view),
                 }
                 mlflow.set_experiment_tags(tags)
-        except Exception as error:
+        except Exception as error:  # of whatever the store is made of
             raise TrackingError(f"{store_name()}: {reason(error)}") from error
 
     def how_to_look(self, means: bool) -> str:
@@ -168,10 +166,7 @@ class Experiment:
         return f"Charts: {shlex.join(command)} {shown}\nand open http://127.0.0.1:5000/{page}"
 
     def log(self, *runs: tuple) -> Exception | None:
-        """Write runs, see `_write`, and those that the store has not taken before.
-
-        Returns the last error if the store does not take all of them.
-        """
+        """Write runs, see `_write`, and those not taken before; returns why some are left."""
         self._pending += [functools.partial(self._write, *run) for run in runs]
         deadline = time.monotonic() + PATIENCE_SECONDS
         while self._pending:
@@ -193,8 +188,8 @@ class Experiment:
             TrackingError: it still does not; says how much is missing, and why.
         """
         if error := self.log():
-            missing = f"runs that are missing there: {len(self._pending)}"
-            raise TrackingError(f"{store_name()}: {missing} ({reason(error)})")
+            missing = f"{len(self._pending)} runs are missing there"
+            raise TrackingError(f"{store_name()}: {missing}: {reason(error)}")
 
     def _write(
         self, name: str, times: tuple[float, float], parameters: Mapping[str, object],
@@ -205,9 +200,9 @@ class Experiment:
 
         Times are in seconds since 1970; `curves` has a column a metric, by step.
         """
-        self._delete_half_written(name)
         client = mlflow.MlflowClient()
         started, ended = (int(1000 * time) for time in times)
+        self._delete(name, started)
         tags = {**resolve_tags(), **self._tie, **tags}
         run_id = client.create_run(self._id, started, tags, name).info.run_id
         try:
@@ -224,16 +219,17 @@ class Experiment:
             with tempfile.TemporaryDirectory() as folder:
                 for file, content in files.items():
                     (Path(folder) / file).write_bytes(content)
-                client.log_artifacts(run_id, folder)
+                if files:
+                    client.log_artifacts(run_id, folder)
             client.set_terminated(run_id, "FINISHED", ended)
         except BaseException:  # Ctrl-C too
             with contextlib.suppress(Exception):  # then before the next try
-                self._delete_half_written(name)
+                self._delete(name, started)
             raise
 
-    def _delete_half_written(self, name: str) -> None:
-        """Delete what a try has left of a run, also one whose answer was lost."""
-        query = f"{self._query} and attributes.status = 'RUNNING' and run_name = '{name}'"
+    def _delete(self, name: str, started: int) -> None:
+        """Delete what an earlier try has left of a run, also if its answer was lost."""
+        query = f"{self._query} and run_name = '{name}' and attributes.start_time = {started}"
         for run in mlflow.MlflowClient().search_runs([self._id], query):
             mlflow.MlflowClient().delete_run(run.info.run_id)
 

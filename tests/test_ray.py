@@ -7,30 +7,14 @@ import os
 import signal
 import socket
 import threading
-import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from conftest import finish, one_line, wait_until
+from test_table import CELLS, CELLS_FILE, SCRIPT, SMALL, trained
 
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
-
-SCRIPT, CELLS_FILE = "run_table_synth.py", "table_synth_cells.csv"
-SMALL = (
-    *("--dataset", "gaussian", "sinusoid2d", "--label-noise", 0.1, "--trials", 4),
-    *("--flood-max", 0.6, "--flood-step", 0.3, "--batch-size", 16),
-    *("--train-samples", 40, "--val-samples", 30, "--test-samples", 200),
-    *("--hidden-layers", 2, "--hidden-units", 16),
-)
-CELLS = 8
-
-
-def trained(folder) -> int:
-    """How many cells the folder's file has."""
-    path = folder.path / CELLS_FILE
-    return len(pd.read_csv(path)[["dataset", "seed"]].drop_duplicates()) if path.exists() else 0
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +59,7 @@ def test_the_cells_of_a_node_that_is_lost_are_trained_by_the_others(cluster, fol
     left = []
 
     def kill():
-        wait_until(lambda: trained(folder) >= 1)
+        wait_until(lambda: trained(folder) >= 1, 200)
         cluster.remove_node(lost, allow_graceful=False)
         left.append(CELLS - trained(folder))
 
@@ -104,12 +88,11 @@ def test_sigterm_ends_the_driver_and_its_workers(folder):
     mark = f"flooding-test-{os.getpid()}"
     driver = folder.spawn(SCRIPT, *SMALL, "--epochs", 300, "--ray", "local", MARK=mark)
     try:
-        wait_until(lambda: trained(folder) >= 1)
+        wait_until(lambda: trained(folder) >= 1, 200)
         assert len(marked(mark)) > 2  # Ray's, too
-        sent = time.monotonic()
         driver.send_signal(signal.SIGTERM)
         result = finish(driver, timeout=30)
-        assert result.status == 128 + signal.SIGTERM and time.monotonic() - sent < 20
+        assert result.status == 128 + signal.SIGTERM
         assert result.errors == "\nstopped by SIGTERM\n"
         wait_until(lambda: not marked(mark))
     finally:
