@@ -37,6 +37,7 @@ def wide(values: pd.Series, digits: int, percent: bool = False, signs: bool = Fa
 
 def by_rule(cells: pd.DataFrame) -> None:
     """The table under three rules for ties of validation accuracy."""
+    better = []
     for ties, rule in RULES.items():
         table = compare(cells, ties).query("labels == 'noisy'").set_index(SETTING)
         gain = table.with_flooding_mean - table.without_flooding_mean
@@ -48,8 +49,11 @@ def by_rule(cells: pd.DataFrame) -> None:
             rows = table[(table.p_adjusted < 0.05) & (sign * gain > 0)]
             names = [f"{LETTERS[s]} {dataset} {noise:g}" for dataset, noise, s in rows.index]
             print(f"Significantly {side}: {len(rows)}: {', '.join(sorted(names))}")
+            if side == "better":
+                better.append(set(names))
         print("Mean chosen b:")
         print(wide(table.flood_level_mean, 2))
+    print(f"\nSignificantly better under all rules: {', '.join(sorted(set.intersection(*better)))}")
 
 
 def ties(cells: pd.DataFrame) -> None:
