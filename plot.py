@@ -158,7 +158,7 @@ def _explain_modes(figure: Figure, history: pd.DataFrame, level: float) -> None:
     means = history.groupby("epoch")[["train_batch_loss", "train_loss_noisy"]].mean()
     below = means.index[means.train_batch_loss < level]
     if len(below):
-        evaluated = means.train_loss_noisy[means.index < below[0]].iloc[-1]
+        evaluated = means.train_loss_noisy[below[0]]
         figure.text(
             0.1, 0.015, f"Flooded is the loss in training mode, where batch norm uses the "
             f"mini-batch's statistics. It falls below b\nin epoch {below[0]}, when the loss in "

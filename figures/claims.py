@@ -7,6 +7,7 @@ The second file has the cells that were trained with `--flood-on example`, to co
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -100,6 +101,8 @@ def choosing(cells: pd.DataFrame) -> None:
     print(wide(means(edge, "edge"), 2))
     table = means(noisy, "test_accuracy_noisy").xs("last epoch", level="stopping")
     early = means(none, "test_accuracy_noisy").xs("early", level="stopping")
+    entropy = [-(p * math.log(p) + (1 - p) * math.log(1 - p)) for p in cells.label_noise.unique()]
+    print(f"\nEntropy of the noise in nats: {', '.join(f'{nats:.2f}' for nats in entropy)}")
     print(f"\nEarly stopping alone is ahead of flooding alone in {(early > table).sum()} settings")
 
 

@@ -122,11 +122,11 @@ def test_the_picture_says_which_loss_is_flooded(epochs):
     """At 0.2 + 0.065 - 0.01 epoch the loss in training mode is below 0.2 from epoch 7 on."""
     history = made_history(epochs=epochs, trials=2)
     first = min(epoch for epoch in epochs if epoch >= 7)
-    before = history[(history.flood_level == 0.2) & (history.epoch == first - epochs.step)]
+    then = history[(history.flood_level == 0.2) & (history.epoch == first)]
     figure = picture("loss", history)
     [text] = [text.replace("\n", " ") for text in said(figure) if "training mode" in text]
     assert f"falls below b in epoch {first}, when the loss in evaluation mode" in text
-    assert f"is still {before.train_loss_noisy.mean():.2f}." in text
+    assert f"is still {then.train_loss_noisy.mean():.2f}." in text
     assert_nothing_overlaps(figure)
     history["train_batch_loss"] += 1
     silent = [picture("acc"), picture("loss", batch_norm=False)]
