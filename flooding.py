@@ -16,7 +16,7 @@ floats around b instead of sinking to zero. This file needs nothing but torch; c
     criterion = Flooding(torch.nn.CrossEntropyLoss(), 0.1)
     criterion(outputs := model(inputs), labels).backward()
     loss = criterion.criterion(outputs.detach(), labels)
-    criterion.eval()             # before validation: model.eval() does not reach the criterion
+    criterion.eval()             # before validation, .train() after: the model's do not reach it
 
 Where the batch of one step comes in parts, by accumulation or on the ranks of DDP, flooding each
 part's mean is another method as soon as the parts lie on both sides of b; with parts of a single
@@ -32,9 +32,9 @@ of |J - b| + b is sign(J - b) times that of J: add up plain gradients, and J bes
     flood_gradients(model.parameters(), mean, 0.1)   # unscale_ and clipping: before or after
     scaler.step(optimizer)
 
-That is exact for a plain mean over examples if `batch_size` is the same on every rank. With class
-weights or ignored labels, cross-entropy's mean divides by the sum of the weights of the labels that
-count. Take that sum over the whole batch (weights are 1 without any); sizes may differ then:
+That is exact for a plain mean over examples if `batch_size`, of a rank's parts together, is the same
+on every rank. With class weights or ignored labels, cross-entropy's mean divides by the sum of the
+weights of the labels that count. Take that sum over the whole batch (weights are 1 without any); sizes may differ then:
 
     total = class_weights[torch.cat([labels[labels != -100] for _, labels in parts])].sum()
     torch.distributed.all_reduce(total.div_(ranks))                               # before the loop
