@@ -32,9 +32,9 @@ of |J - b| + b is sign(J - b) times that of J: add up plain gradients, and J bes
     flood_gradients(model.parameters(), mean, 0.1)   # unscale_ and clipping: before or after
     scaler.step(optimizer)
 
-That is exact for a plain mean over examples if `batch_size`, of a rank's parts together, is the same
-on every rank. With class weights or ignored labels, cross-entropy's mean divides by the sum of the
-weights of the labels that count. Take that sum over the whole batch (weights are 1 without any); sizes may differ then:
+That is exact for a plain mean over examples if `batch_size`, of all parts, is equal on all ranks.
+With class weights or ignored labels, cross-entropy's mean divides by the weights of the labels that
+count. Take their sum over the whole batch (weights are 1 without any); sizes may differ then:
 
     total = class_weights[torch.cat([labels[labels != -100] for _, labels in parts])].sum()
     torch.distributed.all_reduce(total.div_(ranks))                               # before the loop
