@@ -23,7 +23,6 @@ SINUSOID_DIMENSIONS = 10
 SINUSOID2D_RADIUS = 2.0
 SINUSOID2D_FREQUENCY = 1.5  # the length of both w and w'
 
-
 Drawn = tuple[np.ndarray, np.ndarray]  # inputs [n, d] and clean labels [n]
 
 
@@ -52,10 +51,10 @@ class Source:
     Args:
         samples: the authors' sizes of train, validation and test split, in examples in all.
         draw: returns n inputs and clean labels from (n, spiral_noise, generator).
-        boundary: a score [n] of inputs [n, 2] that is 0 on the true boundary and positive in
-            class 1; None where the inputs are not in the plane.
-        best_accuracy: the best possible accuracy on clean labels, a fraction that may depend on
-            the noise around the spiral's arms; NaN where it is not known.
+        boundary: a score [n] of inputs [n, 2], 0 on the true boundary and positive in class 1;
+            None where the inputs are not in the plane.
+        best_accuracy: the best possible accuracy on clean labels, a fraction, from spiral_noise;
+            NaN where it is not known.
     """
 
     samples: tuple[int, int, int]
@@ -82,30 +81,23 @@ def _sinusoid(samples: int, _spiral_noise: float, generator: Generator) -> Drawn
     return inputs, inputs[:, 0] + np.sin(inputs[:, 1]) > 0
 
 
-def _class_sizes(samples: int) -> tuple[int, int]:
-    """Positive and negative examples: halves, the odd one positive."""
-    return samples - samples // 2, samples // 2
+def _halves(samples: int) -> np.ndarray:
+    """Labels of both classes, first the positive ones; an odd one is positive."""
+    return np.repeat([1, 0], [samples - samples // 2, samples // 2])
 
 
 def _gaussian(samples: int, _spiral_noise: float, generator: Generator) -> Drawn:
-    labels = np.repeat([1, 0], _class_sizes(samples))
+    labels = _halves(samples)
     inputs = generator.standard_normal((samples, GAUSSIAN_DIMENSIONS))
     inputs[labels == 0] += GAUSSIAN_SHIFT
     return inputs, labels
 
 
-def _gaussian_best_accuracy(_spiral_noise: float) -> float:
-    """Phi(|mu_N| / 2), the Bayes classifier's."""
-    distance = GAUSSIAN_SHIFT * math.sqrt(GAUSSIAN_DIMENSIONS)
-    return 0.5 * (1 + math.erf(distance / 2 / math.sqrt(2)))
-
-
 def _spiral(samples: int, spiral_noise: float, generator: Generator) -> Drawn:
-    positive, negative = (np.linspace(0, 4 * np.pi, size) for size in _class_sizes(samples))
-    angle = np.concatenate([positive, negative])
-    radius = np.concatenate([positive, negative + np.pi])
+    labels = _halves(samples)
+    angle = np.concatenate([np.linspace(0, 4 * np.pi, (labels == k).sum()) for k in (1, 0)])
+    radius = angle + np.pi * (labels == 0)
     arms = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    labels = np.repeat([1, 0], _class_sizes(samples))
     return arms + spiral_noise * generator.standard_normal((samples, 2)), labels
 
 
@@ -118,16 +110,19 @@ def _spiral_boundary(inputs: np.ndarray) -> np.ndarray:
     return np.cos(np.hypot(x1, x2) - np.arctan2(x2, x1))
 
 
-def _spiral_best_accuracy(spiral_noise: float) -> float:
-    return math.nan if spiral_noise > 0 else 1.0  # with noise the arms overlap
-
-
-# The released code counts `gaussian` and `spiral` per class: 100, 100 and 10 000.
+# The Bayes classifier's, Phi(|mu_N| / 2).
+GAUSSIAN_BEST = 0.5 * (
+    1 + math.erf(GAUSSIAN_SHIFT * math.sqrt(GAUSSIAN_DIMENSIONS) / 2 / math.sqrt(2))
+)
+# The released code counts `gaussian` and `spiral` per class: 100, 100 and 10 000. With noise the
+# arms of the spiral overlap.
 DATASETS = {
     "sinusoid2d": Source((100, 100, 20_000), _sinusoid2d, _sinusoid2d_boundary, lambda _: 1.0),
     "sinusoid": Source((100, 100, 20_000), _sinusoid, None, lambda _: 1.0),
-    "gaussian": Source((200, 200, 20_000), _gaussian, None, _gaussian_best_accuracy),
-    "spiral": Source((200, 200, 20_000), _spiral, _spiral_boundary, _spiral_best_accuracy),
+    "gaussian": Source((200, 200, 20_000), _gaussian, None, lambda _: GAUSSIAN_BEST),
+    "spiral": Source(
+        (200, 200, 20_000), _spiral, _spiral_boundary, lambda noise: math.nan if noise > 0 else 1.0
+    ),
 }
 DatasetName = Literal[tuple(DATASETS)]
 SplitSize = Annotated[int | None, flag("N", "(default: the authors' size, see the README)")]
@@ -180,18 +175,15 @@ def make_dataset(settings: DataSettings, seed: int) -> Dataset:
     the label noise changes anything else. [released code for the formulas and sizes; the random
     streams are this project's]
     """
-    samples = (settings.train_samples, settings.val_samples, settings.test_samples)
-    streams = np.random.SeedSequence(seed).spawn(3)
-    return Dataset(*(_make_split(settings, *split) for split in zip(samples, streams)))
-
-
-def _make_split(settings: DataSettings, samples: int, stream: np.random.SeedSequence) -> Split:
-    generator, noise_generator = (np.random.default_rng(child) for child in stream.spawn(2))
-    draw = DATASETS[settings.dataset].draw
-    inputs, labels = draw(samples, settings.spiral_noise, generator)
-    labels = labels.astype(np.int64)
-    noisy = flip_labels(labels, settings.label_noise, noise_generator)
-    return Split(inputs.astype(np.float32), noisy, labels)
+    sizes, splits = (settings.train_samples, settings.val_samples, settings.test_samples), []
+    for samples, stream in zip(sizes, np.random.SeedSequence(seed).spawn(3)):
+        of_inputs, of_noise = (np.random.default_rng(child) for child in stream.spawn(2))
+        draw = DATASETS[settings.dataset].draw
+        inputs, labels = draw(samples, settings.spiral_noise, of_inputs)
+        labels = labels.astype(np.int64)
+        noisy = flip_labels(labels, settings.label_noise, of_noise)
+        splits.append(Split(inputs.astype(np.float32), noisy, labels))
+    return Dataset(*splits)
 
 
 def flip_labels(labels: np.ndarray, label_noise: float, generator: Generator) -> np.ndarray:
@@ -205,8 +197,8 @@ def flip_labels(labels: np.ndarray, label_noise: float, generator: Generator) ->
 def best_possible_accuracy(settings: DataSettings, label_noise: float) -> float:
     """Return the test accuracy of the best classifier of the clean labels; NaN if not known.
 
-    On labels of which a share rho is flipped it is a (1 - rho) + (1 - a) rho, with a the accuracy
-    on clean ones; rho is the share that `label_noise` flips of the test split.
+    With a its value on clean labels and rho the share of the test split that `label_noise` flips,
+    it is a (1 - rho) + (1 - a) rho.
     """
     clean = DATASETS[settings.dataset].best_accuracy(settings.spiral_noise)
     flipped = int(label_noise * settings.test_samples) / settings.test_samples

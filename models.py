@@ -27,13 +27,12 @@ class MLP(nn.Module):
         super().__init__()
         widths = [input_dim] + [settings.hidden_units] * settings.hidden_layers
         self.linears = nn.ModuleList(
-            _linear(inputs, outputs, not settings.batch_norm, generator)
-            for inputs, outputs in itertools.pairwise(widths)
+            _linear(*shape, not settings.batch_norm, generator)
+            for shape in itertools.pairwise(widths)
         )
         self.linears.append(_linear(widths[-1], CLASSES, True, generator))
-        self.norms = nn.ModuleList(
-            nn.BatchNorm1d(width) for width in widths[1:] if settings.batch_norm
-        )
+        normed = widths[1:] if settings.batch_norm else []
+        self.norms = nn.ModuleList(map(nn.BatchNorm1d, normed))
 
     def forward(self, inputs: Tensor) -> Tensor:
         hidden = inputs
@@ -58,9 +57,9 @@ class StackedMLP:
     """K copies of one MLP, trained side by side: every parameter leads with a dimension K.
 
     The network stays the plain `MLP`: `functional_call` under `vmap` runs it on the stacked
-    parameters, so that a step is one batched matrix product a layer. The weights are kept as
-    [K, inputs, outputs], the transpose of `nn.Linear`'s: then the gradients that autograd
-    computes lie in memory as the parameters do and are not copied.
+    parameters, so that a step is one batched matrix product a layer. Weight matrices are kept as
+    [K, inputs, outputs], the transpose of `nn.Linear`'s: then their gradients lie in memory as
+    they do and are not copied.
     """
 
     def __init__(self, network: MLP, copies: int, device: torch.device) -> None:
@@ -70,13 +69,8 @@ class StackedMLP:
         self.buffers = {name: value.to(device) for name, value in buffers.items()}
         self.parameters = {}
         for name, value in parameters.items():
-            if name in self._weights:
-                value = value.mT.contiguous()
+            value = value.mT.contiguous() if value.dim() == 3 else value
             self.parameters[name] = value.detach().to(device).requires_grad_()
-
-    @property
-    def _weights(self) -> list[str]:
-        return [f"linears.{layer}.weight" for layer in range(len(self.network.linears))]
 
     def losses(self, inputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         """Return each model's mean cross-entropy in nats, [K], in training mode.
@@ -86,13 +80,12 @@ class StackedMLP:
         """
 
         def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-            parameters = {
-                name: value.mT if name in weights else value for name, value in parameters.items()
+            of_linear = {
+                name: value.mT if value.dim() == 2 else value for name, value in parameters.items()
             }
-            logits = functional_call(self.network, (parameters, buffers), (inputs,))
+            logits = functional_call(self.network, (of_linear, buffers), (inputs,))
             return nn.functional.cross_entropy(logits, labels, reduction=reduction)
 
-        weights = self._weights
         return vmap(loss)(self.parameters, self.buffers)
 
     @torch.no_grad()
@@ -100,39 +93,31 @@ class StackedMLP:
         """Return the evaluation-mode networks as one matrix a layer, for `folded_logits`.
 
         Batch norm is an affine map in evaluation mode and goes into the linear layer before it.
-        Biases go in as well: an extra unit that is always 1 has them as its outgoing weights,
-        which saves a pass over memory a layer. Hidden widths are padded with zeros to a
+        Biases go in as well, as outgoing weights of an extra unit that is always 1, which saves a
+        pass over memory a layer. Hidden widths, that unit included, are padded with zeros to a
         multiple of 8, which the matrix products like. Shapes [K, inputs + 1, width],
         [K, width, width], ..., [K, width, classes].
         """
-        layers = len(self.network.linears)
-        matrices = []
-        for layer in range(layers):
-            hidden_output = layer < layers - 1
-            weight = self.parameters[f"linears.{layer}.weight"]
-            if hidden_output and self.network.norms:
+        matrices, tensors = [], {**self.parameters, **self.buffers}
+        for layer in range(len(self.network.linears)):
+            weight, bias = (tensors.get(f"linears.{layer}.{name}") for name in ("weight", "bias"))
+            if bias is None:  # batch norm follows
                 norm, epsilon = f"norms.{layer}.", self.network.norms[layer].eps
-                inverse_deviation = (self.buffers[norm + "running_var"] + epsilon).rsqrt()
-                scale = self.parameters[norm + "weight"] * inverse_deviation  # [K, units]
+                inverse_deviation = (tensors[norm + "running_var"] + epsilon).rsqrt()
+                scale = tensors[norm + "weight"] * inverse_deviation  # [K, units]
                 weight = weight * scale.unsqueeze(1)
-                bias = self.parameters[norm + "bias"] - self.buffers[norm + "running_mean"] * scale
-            else:
-                bias = self.parameters[f"linears.{layer}.bias"]
+                bias = tensors[norm + "bias"] - tensors[norm + "running_mean"] * scale
             copies, inputs, outputs = weight.shape
-            rows = inputs + 1 if layer == 0 else _padded(inputs)
-            columns = _padded(outputs) if hidden_output else outputs
+            rows = matrices[-1].shape[2] if matrices else inputs + 1
+            hidden = layer < len(self.network.linears) - 1
+            columns = (outputs + 8) // 8 * 8 if hidden else outputs
             matrix = weight.new_zeros(copies, rows, columns)
             matrix[:, :inputs, :outputs] = weight
             matrix[:, inputs, :outputs] = bias
-            if hidden_output:
+            if hidden:
                 matrix[:, inputs, outputs] = 1  # the constant unit, kept alive
             matrices.append(matrix)
         return matrices
-
-
-def _padded(units: int) -> int:
-    """Hidden units, the constant one included, rounded up to a multiple of 8."""
-    return (units + 8) // 8 * 8
 
 
 def with_constant(inputs: Tensor) -> Tensor:
@@ -147,10 +132,9 @@ def folded_logits(matrices: list[Tensor], inputs: Tensor, chunk: int) -> Tensor:
     `inputs` come from `with_constant`. `chunk` examples are taken through all layers before the
     next, so that the activations stay in the cache.
     """
-    copies = len(matrices[0])
     logits = []
     for rows in inputs.split(chunk):
-        hidden = rows.expand(copies, -1, -1)
+        hidden = rows.expand(len(matrices[0]), -1, -1)
         for matrix in matrices[:-1]:
             hidden = torch.bmm(hidden, matrix).relu_()
         logits.append(torch.bmm(hidden, matrices[-1]))
