@@ -9,18 +9,15 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import scipy  # its `stats` takes a second, and is loaded where it is first used
 
 from datasets import Cell, DataSettings, best_possible_accuracy
 from settings import SCORES, SPLITS, STOPPINGS
-
-if TYPE_CHECKING:
-    from train import Boundary
 
 # A cell of the table is one trial of one setting, with all its flood levels. These tell cells
 # apart, and the last three say where one was trained.
@@ -30,21 +27,6 @@ EARLIER = {"flood_on": "batch"}  # settings of the cells whose files do not say 
 FIGURES = ["epoch", *(f"{split}_{score}" for split in SPLITS[1:] for score in SCORES)]
 SETTING = ["dataset", "label_noise", "stopping"]  # a row of the paper's sub-tables A and B
 SIGNIFICANCE = 0.05  # of the adjusted p-value that sets a score in bold
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a demo, or one trial of it, comes to.
-
-    `history` has a row a `seed`, `flood_level` and `epoch`; `summary` is the printed table;
-    `colors` are those of the flood levels.
-    """
-
-    history: pd.DataFrame
-    summary: str
-    chosen: float
-    colors: Mapping[float, str]
-    boundary: Boundary | None
 
 
 def choose_flood_levels(
@@ -90,14 +72,11 @@ def summarize(history: pd.DataFrame, labels: str) -> str:
     chosen = choose_flood_levels(last, labels, ["seed"]).flood_level.value_counts()
     of_trials = f", mean ± standard deviation of {trials} trials" if trials > 1 else ""
     columns = {
-        "train, noisy": "train_accuracy_noisy",
-        "val, clean": "val_accuracy_clean",
-        "test, clean": "test_accuracy_clean",
-        "test loss, clean": "test_loss_clean",
-    }
+        "train, noisy": "train_accuracy_noisy", "val, clean": "val_accuracy_clean",
+        "test, clean": "test_accuracy_clean", "test loss, clean": "test_loss_clean",
+    }  # fmt: skip
     lines = [
-        f"Last epoch, accuracies in %, each against noisy or clean labels{of_trials}:",
-        "",
+        f"Last epoch, accuracies in %, each against noisy or clean labels{of_trials}:\n",
         f"flood level{''.join(f'{title:>{len(title) + 3}}' for title in columns)}",
     ]
     for level, rows in last.groupby("flood_level"):
@@ -123,14 +102,11 @@ def compare(cells: pd.DataFrame, ties: str = "lower loss") -> pd.DataFrame:
     t-test's over the trials, NaN where there is one, and `p_adjusted` the same after Benjamini
     and Hochberg over all rows with the same labels.
     """
-    from scipy.stats import false_discovery_control  # a second to import, for the table alone
-
     trial = [*CELL, "stopping"]
     chosen = choose_flood_levels(cells, "noisy", trial, ties)
     pairs = cells[cells.flood_level == 0].merge(chosen, on=trial, suffixes=("_without", "_with"))
-    tables = []
+    rows = []
     for labels in ("noisy", "clean"):
-        rows = []
         for setting, trials in pairs.groupby(SETTING, sort=False):
             figures = {
                 "without_flooding": trials[f"test_accuracy_{labels}_without"],
@@ -145,24 +121,20 @@ def compare(cells: pd.DataFrame, ties: str = "lower loss") -> pd.DataFrame:
                 row |= {f"{name}_mean": values.mean(), f"{name}_std": values.std()}
             row["p_value"] = _paired_p(figures["with_flooding"], figures["without_flooding"])
             rows.append(row)
-        table = pd.DataFrame(rows)
-        known = table.p_value.notna()
-        table["p_adjusted"] = math.nan
-        table.loc[known, "p_adjusted"] = false_discovery_control(table.p_value[known])
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+    table = pd.DataFrame(rows).assign(p_adjusted=math.nan)
+    for _, known in table.p_value.dropna().groupby(table.labels):
+        table.loc[known.index, "p_adjusted"] = scipy.stats.false_discovery_control(known)
+    return table
 
 
 def _paired_p(after: pd.Series, before: pd.Series) -> float:
     """Two-sided p of a paired t-test: 0 for a constant difference, 1 for none, NaN for one pair."""
-    from scipy.stats import ttest_rel
-
     differences = (after - before).to_numpy()
     if len(differences) < 2:
         return math.nan
     if np.ptp(differences) < 1e-12:
         return float(abs(differences[0]) < 1e-12)
-    return float(ttest_rel(after, before).pvalue)
+    return float(scipy.stats.ttest_rel(after, before).pvalue)
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -170,11 +142,11 @@ def markdown(table: pd.DataFrame) -> str:
     trials = sorted(table.trials.unique())
     counts = " or ".join(map(str, trials)) + (" trial" if trials == [1] else " trials")
     text = (
-        f"Test accuracy in %, mean (standard deviation) over {counts}. "
-        f"A: last epoch. B: early stopping, the epoch of best validation accuracy. b: the flood "
-        f"level that each trial chose by noisy validation accuracy. Best possible: the Bayes "
-        f"classifier of the clean labels. Bold: better by a paired t-test at "
-        f"{100 * SIGNIFICANCE:g}%, adjusted for the rows (Benjamini-Hochberg).\n"
+        f"Test accuracy in %, mean (standard deviation) over {counts}. A: last epoch. B: early "
+        f"stopping, the epoch of best validation accuracy. b: the flood level that each trial "
+        f"chose by noisy validation accuracy. Best possible: the Bayes classifier of the clean "
+        f"labels. Bold: better by a paired t-test at {100 * SIGNIFICANCE:g}%, adjusted for the "
+        f"rows (Benjamini-Hochberg).\n"
     )
     titles = {"noisy": "Noisy test labels, as in the paper", "clean": "Clean test labels"}
     for labels, of_labels in table.groupby("labels", sort=False):
@@ -187,15 +159,11 @@ def markdown(table: pd.DataFrame) -> str:
             best = "unknown" if math.isnan(best) else f"{100 * best:.1f}"
             line = [dataset, f"{100 * noise:g}%", best]
             for _, row in pair.iterrows():
-                without, flooded = (
-                    _shown(row, f"{side}_flooding", 100, 1) for side in ("without", "with")
-                )
+                shown = [_shown(row, f"{side}_flooding", 100, 1) for side in ("without", "with")]
                 if row.p_adjusted < SIGNIFICANCE:
-                    if row.with_flooding_mean > row.without_flooding_mean:
-                        flooded = f"**{flooded}**"
-                    else:
-                        without = f"**{without}**"
-                line += [without, flooded, _shown(row, "flood_level", 1, 2)]
+                    better = int(row.with_flooding_mean > row.without_flooding_mean)
+                    shown[better] = f"**{shown[better]}**"
+                line += [*shown, _shown(row, "flood_level", 1, 2)]
             lines.append(line)
         rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         text += f"\n{titles[labels]}:\n\n{rows}\n"
@@ -268,9 +236,8 @@ def add_cells(*cells: pd.DataFrame) -> pd.DataFrame:
 
 def select_cells(cells: pd.DataFrame, wanted: Sequence[Cell]) -> pd.DataFrame:
     """Return the rows of those cells that are wanted."""
-    keys = {astuple(cell) for cell in wanted}
-    found = [key in keys for key in cells[CELL].itertuples(index=False, name=None)]
-    return cells[np.array(found, dtype=bool)].reset_index(drop=True)
+    found = pd.MultiIndex.from_frame(cells[CELL]).isin([astuple(cell) for cell in wanted])
+    return cells[found].reset_index(drop=True)
 
 
 def csv(frame: pd.DataFrame) -> bytes:

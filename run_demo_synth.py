@@ -49,8 +49,7 @@ class DemoSettings(RunSettings, TrainSettings, ModelSettings, DataSettings):
         for part in (DataSettings, ModelSettings, TrainSettings):
             part.__post_init__(self)
         settings.fill(self, flood_levels=FLOOD_LEVELS[self.optimizer])
-        for level in self.flood_levels:
-            settings.check_flood_level(level)
+        settings.check_flood_levels(self.flood_levels)
         object.__setattr__(self, "flood_levels", tuple(sorted({0.0, *self.flood_levels})))
         settings.check_counts(self, "eval_every", "trials")
         self.check_batches(self.train_samples, self.batch_norm)
@@ -66,11 +65,25 @@ import torch
 from tqdm import tqdm
 
 import plot
-from datasets import make_dataset
+from datasets import Dataset, make_dataset
 from models import MLP
-from results import Outcome, compared_level, summarize, write_files
-from tracking import DemoLog, TrackingError
-from train import DivergenceError, Trial, count_epochs, find_boundary, prepare_process, train
+from results import compared_level, summarize, write_files
+from tracking import DemoLog, Outcome, TrackingError
+from train import DivergenceError, count_epochs, find_boundary, prepare_process, train
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial that is over: when, in seconds since 1970; its history, see `Outcome`; its networks.
+
+    `networks` are the last epoch's, folded, by flood level.
+    """
+
+    seed: int
+    times: tuple[float, float]
+    data: Dataset
+    history: pd.DataFrame
+    networks: dict[float, list[torch.Tensor]]
 
 
 def main(demo: DemoSettings) -> None:
@@ -89,16 +102,16 @@ def main(demo: DemoSettings) -> None:
         for seed in range(demo.seed, demo.seed + demo.trials):
             trials.append(train_trial(demo, seed, device, bar))
             if demo.trials > 1:
-                log.trial(trials[-1], conclude(demo, trials[-1:]), pictures={})
+                log.trial(seed, trials[-1].times, conclude(demo, trials[-1:]), pictures={})
 
     outcome = conclude(demo, trials)
     pictures = plot.png_files(plot.draw_demo(outcome.history, parameters, outcome.boundary))
     print(f"\n{outcome.summary}\n")
     print("Pictures:", *write_files(pictures, demo.output_dir), flush=True)
     if demo.trials > 1:
-        log.result(outcome, pictures, trials[0].started)
+        log.result(trials[0].times[0], outcome, pictures)
     else:
-        log.trial(trials[0], outcome, pictures)
+        log.trial(demo.seed, trials[0].times, outcome, pictures)
     print(log.how_to_look(means=demo.trials > 1))
     with ending_on(TrackingError):
         log.finish()
@@ -117,7 +130,7 @@ def train_trial(demo: DemoSettings, seed: int, device: torch.device, bar: tqdm) 
     ):  # fmt: skip
         history.append(now.metrics.assign(seed=seed))
         networks |= now.networks()
-    return Trial(seed, data, pd.concat(history), networks, started, ended=time.time())
+    return Trial(seed, (started, time.time()), data, pd.concat(history), networks)
 
 
 def conclude(demo: DemoSettings, trials: Sequence[Trial]) -> Outcome:

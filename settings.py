@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, TypeVar
@@ -39,12 +39,8 @@ Flags = TypeVar("Flags")
 class SettingError(Exception):
     """A setting is out of range: its name, its value and what is allowed."""
 
-    def __init__(self, name: str, value: object, allowed: str) -> None:
-        super().__init__(name, value, allowed)  # from which pickle makes it again
-        self.name, self.value, self.allowed = name, value, allowed
-
     def __str__(self) -> str:
-        return f"{self.name} {self.value}: {self.allowed}"
+        return "{} {}: {}".format(*self.args)
 
 
 def check(fits: bool, name: str, value: object, allowed: str) -> None:
@@ -53,9 +49,10 @@ def check(fits: bool, name: str, value: object, allowed: str) -> None:
         raise SettingError(name, value, allowed)
 
 
-def check_flood_level(level: float) -> None:
-    """Raise SettingError unless the flood level is a finite number of nats >= 0."""
-    check(0 <= level < math.inf, "flood_levels", level, "finite numbers of nats >= 0")
+def check_flood_levels(levels: Iterable[float]) -> None:
+    """Raise SettingError unless the flood levels are finite numbers of nats >= 0."""
+    for level in levels:
+        check(0 <= level < math.inf, "flood_levels", level, "finite numbers of nats >= 0")
 
 
 def check_counts(settings: object, *names: str) -> None:
@@ -79,7 +76,6 @@ def flag(metavar: str, default: str | None = None) -> object:
 OptimizerName = Literal["sgd", "adam"]
 Count = Annotated[int, flag("N")]
 LearningRate = Annotated[float | None, flag("RATE", "(default: 0.01 for sgd, 0.001 for adam)")]
-Momentum = Annotated[float | None, flag("M", f"(default: {DEFAULT_SGD_MOMENTUM})")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +105,7 @@ class TrainSettings:
     """examples of a mini-batch; the last one of an epoch has what is left"""
     epochs: Count
     """passes over the training examples"""
-    momentum: Momentum = None
+    momentum: Annotated[float | None, flag("M", f"(default: {DEFAULT_SGD_MOMENTUM})")] = None
     """momentum, of sgd only"""
     weight_decay: Annotated[float, flag("RATE")] = 0.0
     """weight decay"""
@@ -117,17 +113,17 @@ class TrainSettings:
     """flood the mean loss of a batch, as the paper does, or each example's (iFlood, ICLR 2022)"""
 
     def __post_init__(self) -> None:
-        optimizer, sgd = self.optimizer, self.optimizer == "sgd"
-        check(sgd or optimizer == "adam", "optimizer", repr(optimizer), "sgd or adam")
-        rate = DEFAULT_LEARNING_RATES[optimizer]
-        fill(self, learning_rate=rate, momentum=DEFAULT_SGD_MOMENTUM if sgd else 0.0)
+        rates, sgd = DEFAULT_LEARNING_RATES, self.optimizer == "sgd"
+        check(self.optimizer in rates, "optimizer", repr(self.optimizer), "sgd or adam")
+        momentum = DEFAULT_SGD_MOMENTUM if sgd else 0.0
+        fill(self, learning_rate=rates[self.optimizer], momentum=momentum)
         rate, momentum, decay = self.learning_rate, self.momentum, self.weight_decay
         check(0 < rate < math.inf, "learning_rate", rate, "a finite number > 0")
         check(0 <= momentum < 1, "momentum", momentum, "a number in [0, 1)")
         check(sgd or momentum == 0, "momentum", momentum, "only with sgd")
         check(0 <= decay < math.inf, "weight_decay", decay, "a finite number >= 0")
-        known = self.flood_on in ("batch", "example")
-        check(known, "flood_on", repr(self.flood_on), "batch or example")
+        flood_on = self.flood_on
+        check(flood_on in ("batch", "example"), "flood_on", repr(flood_on), "batch or example")
         check_counts(self, "batch_size", "epochs")
 
     def check_batches(self, train_samples: int, batch_norm: bool) -> None:
@@ -185,7 +181,7 @@ def ending_on(*errors: type[Exception], status: int = 1) -> Iterator[None]:
     except errors as error:
         text = " ".join(str(error).split())
         if isinstance(error, SettingError):
-            text = f"--{error.name.replace('_', '-')} {error.value}: {error.allowed}"
+            text = f"--{error.args[0].replace('_', '-')} {error.args[1]}: {error.args[2]}"
         print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         sys.exit(status)
 
@@ -207,12 +203,11 @@ def progress_bar(total: int, unit: str, digits: int = 0) -> tqdm:
 
     It counts `unit`s with so many `digits`. A terminal that does not say its width has 80 columns.
     """
-    terminal = sys.stderr.isatty()
-    columns = os.get_terminal_size(sys.stderr.fileno()).columns if terminal else 0
-    seconds = 0.1 if terminal else 30
+    seconds, columns = 30, 0
+    if sys.stderr.isatty():
+        seconds, columns = 0.1, os.get_terminal_size(sys.stderr.fileno()).columns
     counted = f"{{n:.{digits}f}} of {{total}} {unit}s [{{elapsed}}<{{remaining}}{{postfix}}]"
     return tqdm(
         total=total, leave=False, miniters=0, mininterval=seconds, maxinterval=seconds,
-        delay=seconds - 0.1, ncols=columns or 80,
-        bar_format=f"{{percentage:3.0f}}%|{{bar}}| {counted}",
+        delay=seconds - 0.1, ncols=columns or 80, bar_format="{percentage:3.0f}%|{bar}| " + counted,
     )  # fmt: skip

@@ -11,7 +11,6 @@ which is what a bare `mlflow ui` there opens.
 from __future__ import annotations
 
 import contextlib
-import functools
 import getpass
 import hashlib
 import io
@@ -24,8 +23,8 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from urllib.parse import quote
 
@@ -46,10 +45,10 @@ from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from mlflow.tracking.context.registry import resolve_tags
 
-from datasets import Cell, Dataset, DataSettings, make_dataset
-from results import FIGURES, Outcome, csv
+from datasets import Cell, DataSettings, make_dataset
+from results import FIGURES, csv
 from settings import SPLITS
-from train import METRICS, Boundary, Trial, where
+from train import METRICS, Boundary, where
 
 PATIENCE_SECONDS = 5.0  # how long a store that refuses runs is asked again at a time
 MAX_POINTS = 1000  # of metrics in one call, MLflow's limit
@@ -71,6 +70,21 @@ By `run_table_synth.py`. Each run is a cell, one trial of one setting, that was 
 curves go over the flood levels, not over time: step k is the k-th level. `last_epoch` is without,
 `early` with early stopping. A run named `table of ...` has the finished table as its artifacts.
 """
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a demo, or one trial of it, comes to.
+
+    `history` has a row a `seed`, `flood_level` and `epoch` with the METRICS; `summary` is the
+    printed table; `colors` are those of the flood levels.
+    """
+
+    history: pd.DataFrame
+    summary: str
+    chosen: float
+    colors: Mapping[float, str]
+    boundary: Boundary | None
 
 
 class TrackingError(Exception):
@@ -128,7 +142,7 @@ class Experiment:
 
     def __init__(self, name: str, description: str, tie: tuple[str, str], group_by: str) -> None:
         self._tie, self._query = dict([tie]), f"tags.{tie[0]} = '{tie[1]}'"
-        self._pending: deque[Callable[[], None]] = deque()
+        self._pending: deque[tuple] = deque()
         keys = [{"mode": "param", "groupByData": group_by}]
         group = {"aggregateFunction": "average", "groupByKeys": keys}
         state = json.dumps({"searchFilter": self._query, "groupBy": group})
@@ -167,26 +181,22 @@ class Experiment:
 
     def log(self, *runs: tuple) -> Exception | None:
         """Write runs, see `_write`, and those not taken before; returns why some are left."""
-        self._pending += [functools.partial(self._write, *run) for run in runs]
+        self._pending += runs
         deadline = time.monotonic() + PATIENCE_SECONDS
         while self._pending:
-            write = self._pending.popleft()
+            run = self._pending.popleft()
             try:
                 with _quietly():
-                    write()
+                    self._write(*run)
             except Exception as error:  # of whatever the store is made of
-                self._pending.append(write)  # behind the others: it may be refused alone
+                self._pending.append(run)  # behind the others: it may be refused alone
                 if time.monotonic() > deadline:
                     return error
                 time.sleep(0.2)
         return None
 
     def finish(self) -> None:
-        """Try once more what the store has not taken.
-
-        Raises:
-            TrackingError: it still does not; says how much is missing, and why.
-        """
+        """Try once more what is left; TrackingError says how much is missing then, and why."""
         if error := self.log():
             missing = f"{len(self._pending)} runs are missing there"
             raise TrackingError(f"{store_name()}: {missing}: {reason(error)}")
@@ -194,12 +204,9 @@ class Experiment:
     def _write(
         self, name: str, times: tuple[float, float], parameters: Mapping[str, object],
         tags: Mapping[str, str], files: Mapping[str, bytes],
-        curves: pd.DataFrame, datasets: Sequence[DatasetInput],
+        curves: Mapping[str, pd.Series], datasets: Sequence[DatasetInput],
     ) -> None:  # fmt: skip
-        """Write a run with these times of its begin and end, and artifacts by their names.
-
-        Times are in seconds since 1970; `curves` has a column a metric, by step.
-        """
+        """Write a run from one time to another, in s since 1970; files by name, curves by step."""
         client = mlflow.MlflowClient()
         started, ended = (int(1000 * time) for time in times)
         self._delete(name, started)
@@ -244,31 +251,37 @@ class DemoLog(Experiment):
         super().__init__("flooding-synth", DEMO_DESCRIPTION, tie, "flood_level")
         self._data, self._parameters, self._where = data, parameters, where(device)
 
-    def trial(self, trial: Trial, outcome: Outcome, pictures: Mapping[str, bytes]) -> None:
-        """Log a trial's runs."""
-        datasets, runs = describe_datasets(self._data, trial.seed, trial.data), []
-        for level, rows in trial.history.groupby("flood_level"):
-            name = f"b = {level:g}" if level else "no flooding"
+    def trial(
+        self, seed: int, times: tuple[float, float], outcome: Outcome, pictures: Mapping[str, bytes]
+    ) -> None:
+        """Log a trial's runs; `times` are its begin and end in seconds since 1970."""
+        tags, files = self._said_and_kept(outcome, pictures)
+        datasets, runs = describe_datasets(self._data, seed), []
+        for level, rows in outcome.history.groupby("flood_level"):
             chosen = level == outcome.chosen
-            curves = rows.set_index("epoch")[list(METRICS)]
+            name = (f"b = {level:g}" if level else "no flooding") + " (chosen)" * chosen
+            parameters = {**self._parameters, "seed": seed, "flood_level": level}
+            marks = {"chosen": "yes" if chosen else "no", "mlflow.runColor": outcome.colors[level]}
+            curves = rows.set_index("epoch")[METRICS]
             curves.columns = [name.replace("_", "/", 1) for name in METRICS]  # makes sections
-            tags = {"chosen": "yes" if chosen else "no", "mlflow.runColor": outcome.colors[level]}
-            tags["mlflow.note.content"] = f"```\n{outcome.summary}\n```\n"
-            run = (
-                f"{name} (chosen)" if chosen else name, (trial.started, trial.ended),
-                {**self._parameters, "seed": trial.seed, "flood_level": level},
-                {**self._where, **tags},
-                {**_demo_files(outcome), **pictures}, curves, datasets,
-            )  # fmt: skip
-            runs.append(run)
+            runs.append((name, times, parameters, {**tags, **marks}, files, curves, datasets))
         self.log(*runs)
 
-    def result(self, outcome: Outcome, pictures: Mapping[str, bytes], started: float) -> None:
+    def result(self, started: float, outcome: Outcome, pictures: Mapping[str, bytes]) -> None:
         """Log what several trials come to, as a run of its own."""
         name, times = f"result of {self._parameters['trials']} trials", (started, time.time())
+        self.log((name, times, self._parameters, *self._said_and_kept(outcome, pictures), {}, ()))
+
+    def _said_and_kept(
+        self, outcome: Outcome, pictures: Mapping[str, bytes]
+    ) -> tuple[dict[str, str], dict[str, bytes]]:
+        """The tags and the files of an outcome; `load_demo` reads the files."""
         tags = {**self._where, "mlflow.note.content": f"```\n{outcome.summary}\n```\n"}
-        files = {**_demo_files(outcome), **pictures}
-        self.log((name, times, self._parameters, tags, files, pd.DataFrame(), ()))
+        files = {HISTORY_FILE: csv(outcome.history), **pictures}
+        if outcome.boundary:
+            np.savez_compressed(content := io.BytesIO(), **vars(outcome.boundary))
+            files[BOUNDARY_FILE] = content.getvalue()
+        return tags, files
 
 
 class TableLog(Experiment):
@@ -291,18 +304,18 @@ class TableLog(Experiment):
         }
         parameters = {**asdict(cell), **self._shared, "setting": setting}
         origin = rows[["torch", "device"]].iloc[0].to_dict()
-        datasets = describe_datasets(cell, cell.seed, make_dataset(cell, cell.seed))
-        self.log((str(cell), times, parameters, origin, {}, pd.DataFrame(curves), datasets))
+        datasets = describe_datasets(cell, cell.seed)
+        self.log((str(cell), times, parameters, origin, {}, curves, datasets))
 
     def table(self, name: str, files: Mapping[str, bytes], started: float) -> None:
         """Keep a finished table's files in a run of their own."""
-        self.log((name, (started, time.time()), self._shared, {}, files, pd.DataFrame(), ()))
+        self.log((name, (started, time.time()), self._shared, {}, files, {}, ()))
 
 
-def describe_datasets(settings: DataSettings, seed: int, data: Dataset) -> list[DatasetInput]:
+def describe_datasets(settings: DataSettings, seed: int) -> list[DatasetInput]:
     """Return what MLflow shows of a data set: of each split its name, shape and digest."""
     source = {field.name: getattr(settings, field.name) for field in fields(DataSettings)}
-    source = CodeDatasetSource({**source, "seed": seed})
+    source, data = CodeDatasetSource({**source, "seed": seed}), make_dataset(settings, seed)
     name, inputs = f"{settings.dataset}, label noise {settings.label_noise:g}", []
     for split_name, context in zip(SPLITS, ("train", "validation", "test")):
         split = getattr(data, split_name)
@@ -311,15 +324,6 @@ def describe_datasets(settings: DataSettings, seed: int, data: Dataset) -> list[
         tags = [InputTag("mlflow.data.context", context)]
         inputs.append(DatasetInput(dataset._to_mlflow_entity(), tags))
     return inputs
-
-
-def _demo_files(outcome: Outcome) -> dict[str, bytes]:
-    """What `load_demo` reads."""
-    files = {HISTORY_FILE: csv(outcome.history)}
-    if outcome.boundary:
-        np.savez_compressed(content := io.BytesIO(), **vars(outcome.boundary))
-        files[BOUNDARY_FILE] = content.getvalue()
-    return files
 
 
 def load_demo(run_id: str) -> tuple[pd.DataFrame, dict[str, str], Boundary | None]:

@@ -16,11 +16,10 @@ from torch import Tensor
 from datasets import Dataset, Split
 from flooding import flood
 from models import MLP, StackedMLP, folded_logits, with_constant
-from settings import SCORES, SPLITS, STOPPINGS, TrainSettings, check, check_flood_level
+from settings import SCORES, SPLITS, STOPPINGS, TrainSettings, check, check_flood_levels
 
-# What benchmarks/bench_train.py found fastest on CPUs; the values for GPUs are not measured.
-# Examples times models that go through the evaluation at a time: the activations should stay in
-# the cache of a CPU, and be many on a GPU.
+# What benchmarks/bench_train.py found fastest on CPUs; the values for GPUs are not measured. Rows
+# are examples times models: the activations should stay in a CPU's cache, and be many on a GPU.
 EVALUATION_ROWS = {"cpu": 2_000, "cuda": 200_000}
 MODELS_AT_ONCE = {"cpu": 26, "cuda": 204}
 
@@ -38,11 +37,10 @@ class Evaluation:
     """The models of one group after one epoch.
 
     `metrics` has a row a model: its `flood_level`, the `epoch`, and those of the METRICS whose
-    split was asked for. Losses are means in nats, accuracies are fractions. `train_batch_loss`
-    is the mean over the epoch's mini-batches of the loss in training mode, which is what is
-    flooded; epoch 0 has none. `train_flooded_fraction_so_far` is the share of all mini-batches
-    until now, or examples with `flood_on` "example", whose loss was below the flood level.
-    `folded` are the networks, for `folded_logits`.
+    split was asked for. Losses are means in nats, accuracies are fractions. `train_batch_loss` is
+    the epoch's mean of the mini-batches' losses in training mode, which are what is flooded; epoch
+    0 has none. `train_flooded_fraction_so_far` is the share of all mini-batches until now, or
+    examples with `flood_on` "example", with a loss below the level. `folded` are the networks.
     """
 
     epoch: int
@@ -56,18 +54,13 @@ class Evaluation:
 
 
 def prepare_process(device: str) -> torch.device:
-    """Set up this process for fast training; for a script to call once, before any tensor.
+    """Set this process up for fast training, before its first tensor; return the device.
 
-    Flushes denormal numbers to zero: the gradients of a model that reaches zero training loss
-    are full of them, and the CPU multiplies them many times slower. Keeps freed memory: glibc
-    would return the gradients' memory to the system after each step and fetch it anew, page by
-    page, in the next, at the cost of the products themselves.
-
-    Args:
-        device: "auto", a GPU where there is one, "cpu" or "cuda".
-
-    Raises:
-        SettingError: the device is not there.
+    That is a GPU if there is one for "auto", else the "cpu" or "cuda" asked for; SettingError is
+    raised if it is not there. Flushes denormal numbers to zero: at zero training loss gradients
+    are full of them, and a CPU multiplies them many times slower. Keeps freed memory: glibc would
+    return the gradients' to the system after each step and fetch it anew, page by page, in the
+    next, at the cost of the products themselves.
     """
     on_gpu = torch.cuda.is_available()
     check(device != "cuda" or on_gpu, "device", device, "not on this machine, which has cpu")
@@ -94,32 +87,27 @@ def train(
     """Train a copy of `network` for each flood level; yield an `Evaluation` of every epoch.
 
     All models share the data, the initial weights and the order of the mini-batches, which
-    `generator` (on the CPU) draws. Each of the `splits` is scored in evaluation mode against
-    noisy and clean labels, also before the first epoch (epoch 0). [released code] With
-    `eval_every` > 1 epochs between are left out, the last one never. A mini-batch is
-    `batch_size` examples, the last of an epoch what is left.
-
-    As many models train together as the device likes, one group after the other. `on_epoch()`
-    is called after every epoch of every group, `count_epochs` times.
+    `generator` (on the CPU) draws. The `splits` are scored in evaluation mode against noisy and
+    clean labels, also before the first epoch (epoch 0). [released code] With `eval_every` > 1
+    epochs between are left out, the last one never. As many models train together as the device
+    likes, one group after the other. `on_epoch()` is called after every epoch of every group,
+    `count_epochs` times.
 
     Raises:
-        SettingError: a flood level is negative, NaN or infinite, or batch norm meets a
-            mini-batch of one example.
+        SettingError: a flood level is no finite number >= 0, or batch norm meets one example alone.
         DivergenceError: a loss is not finite any more.
     """
-    for level in flood_levels:
-        check_flood_level(level)
+    check_flood_levels(flood_levels)
     settings.check_batches(len(data.train.labels), bool(network.norms))
+    evaluated = [EvaluationSplit(name, getattr(data, name), device) for name in splits]
     start = generator.get_state()
     for models in _groups(len(flood_levels), device):
         generator.set_state(start)
         group = list(flood_levels[models])
         levels = torch.tensor(group, dtype=torch.float32, device=device)
         stack = StackedMLP(network, len(levels), device)
-        evaluated = [EvaluationSplit(name, getattr(data, name), device) for name in splits]
-        for epoch, batch_loss, flooded in train_epochs(
-            stack, data.train, levels, settings, generator
-        ):
+        epochs = train_epochs(stack, data.train, levels, settings, generator)
+        for epoch, batch_loss, flooded in epochs:
             metrics = {"train_batch_loss": batch_loss} if epoch > 0 else {}
             if due := epoch % eval_every == 0 or epoch == settings.epochs:
                 folded = stack.fold()
@@ -149,11 +137,10 @@ def train_epochs(
     stack: StackedMLP, split: Split, levels: Tensor, settings: TrainSettings,
     generator: torch.Generator,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
-    """Train the stack's K models, one flood level each, and yield after every epoch.
+    """Train the stack's K models, one flood level each; it may be read after every epoch.
 
     Yields the epoch (first 0, before training), each model's mean loss over the epoch's
-    mini-batches [K] in nats, and the share of all losses until now that were below the level
-    [K], both on the device. The caller may read the stack between epochs.
+    mini-batches [K] in nats, and the share of all losses until now that were below the level [K].
     """
     parameters = list(stack.parameters.values())
     inputs = torch.from_numpy(split.inputs).to(levels.device)
@@ -164,42 +151,25 @@ def train_epochs(
         optimizer = torch.optim.SGD(parameters, momentum=settings.momentum, **options)
     else:
         optimizer = torch.optim.Adam(parameters, **options)
-
     reduction = "mean" if settings.flood_on == "batch" else "none"
     below, count = torch.zeros_like(levels), 0
     yield 0, torch.zeros_like(levels), below
     for epoch in range(1, settings.epochs + 1):
         order = torch.randperm(len(labels), generator=generator).to(levels.device)
-        batches = order.split(settings.batch_size)
+        batches = order.split(settings.batch_size)  # the last one has what is left
         loss_sum = torch.zeros_like(levels)
         for batch in batches:
             losses = stack.losses(inputs[batch], labels[batch], reduction)
             losses = losses.view(len(levels), -1)  # [K, 1], or [K, examples]
             level_of = levels[:, None].expand_as(losses)
-            flooded_losses = flood(losses.flatten(), level_of.flatten()).view_as(losses)
+            flooded = flood(losses.flatten(), level_of.flatten()).view_as(losses)
             optimizer.zero_grad()
-            flooded_losses.mean(dim=1).sum().backward()
+            flooded.mean(dim=1).sum().backward()
             optimizer.step()
             loss_sum += losses.detach().mean(dim=1)
             below += (losses.detach() < level_of).sum(dim=1)
             count += losses.shape[1]
         yield epoch, loss_sum / len(batches), below / count
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A trial of the demo that is over, from `started` to `ended` in seconds since 1970.
-
-    `history` has a row a `seed`, `flood_level` and `epoch` with the METRICS; `networks` are the
-    last epoch's, folded, by flood level.
-    """
-
-    seed: int
-    data: Dataset
-    history: pd.DataFrame
-    networks: dict[float, list[Tensor]]
-    started: float
-    ended: float
 
 
 class EvaluationSplit:
@@ -216,18 +186,16 @@ class EvaluationSplit:
     @torch.no_grad()
     def scores(self, folded: list[Tensor]) -> dict[str, Tensor]:
         """Return the split's loss and accuracy against both labels, [K] each, in one pass."""
-        copies, examples = len(folded[0]), len(self.inputs)
+        copies, scores = len(folded[0]), {}
         chunk = max(1, EVALUATION_ROWS[self.inputs.device.type] // copies)
         logits = folded_logits(folded, self.inputs, chunk)
-        log_probabilities = logits.log_softmax(dim=-1)
-        predictions = logits.argmax(dim=-1)
-        scores = {}
+        log_probabilities, predictions = logits.log_softmax(dim=-1), logits.argmax(dim=-1)
         for kind, labels in self.labels.items():
             index = labels.expand(copies, -1).unsqueeze(-1)
             loss = -log_probabilities.gather(-1, index).mean(dim=(1, 2))
             correct = (predictions == labels).sum(dim=1)
             scores[f"{self.name}_loss_{kind}"] = loss
-            scores[f"{self.name}_accuracy_{kind}"] = correct.double() / examples
+            scores[f"{self.name}_accuracy_{kind}"] = correct.double() / len(labels)
         return scores
 
 
@@ -235,11 +203,7 @@ def _fetch(
     metrics: dict[str, Tensor], epochs: int | np.ndarray, flood_levels: Sequence[float],
     settings: TrainSettings,
 ) -> pd.DataFrame:  # fmt: skip
-    """Bring metrics, measured after `epochs`, from the device at one go: a row a model.
-
-    Raises:
-        DivergenceError: one of them is not finite.
-    """
+    """Bring metrics from the device at one go, a row a model; DivergenceError if not finite."""
     values = torch.stack([value.double() for value in metrics.values()]).cpu().numpy()
     columns = {"flood_level": flood_levels, "epoch": epochs, **dict(zip(metrics, values))}
     fetched = pd.DataFrame(columns)
@@ -259,21 +223,20 @@ def train_with_early_stopping(
 ) -> pd.DataFrame:  # fmt: skip
     """Train as `train` does, and score the last epoch and the best epoch of every model.
 
-    The best epoch is the first of highest accuracy on the noisy validation labels. Returns a row
-    a `stopping` (of STOPPINGS) and `flood_level`, with the `epoch` whose weights were
-    scored and the SCORES of the validation and the test split. Raises what `train` raises.
+    The best epoch is the first of highest accuracy on the noisy validation labels, epoch 0 left
+    out. Returns a row a `stopping` (of STOPPINGS) and `flood_level`, with the `epoch` whose weights
+    were scored and the SCORES of validation and test split. Raises what `train` raises.
     """
     rows = []
     splits = [EvaluationSplit(name, getattr(data, name), device) for name in SPLITS[1:]]
     for now in train(
         network, data, flood_levels, settings, device, generator, ("val",), on_epoch=on_epoch
     ):
-        accuracy = now.metrics.val_accuracy_noisy.to_numpy()
-        if now.epoch == 0:
-            best_folded = now.folded
-            best_accuracy, best_epoch = np.full_like(accuracy, -1), np.zeros(len(accuracy), int)
-            continue
-        if (improved := accuracy > best_accuracy).any():
+        accuracy = now.metrics.val_accuracy_noisy.to_numpy(copy=True)
+        if now.epoch <= 1:
+            best_folded, best_accuracy = now.folded, accuracy
+            best_epoch = np.full(len(accuracy), now.epoch)
+        elif (improved := accuracy > best_accuracy).any():
             best_accuracy[improved], best_epoch[improved] = accuracy[improved], now.epoch
             index = torch.from_numpy(np.flatnonzero(improved)).to(device)
             for best, matrix in zip(best_folded, now.folded):
@@ -285,8 +248,8 @@ def train_with_early_stopping(
                 scored = _fetch(scores, epochs, now.metrics.flood_level, settings)
                 scored.insert(0, "stopping", stopping)
                 rows.append(scored)
-    rows = rows[::2] + rows[1::2]  # of all groups of models, first the last epoch's
-    return pd.concat(rows, ignore_index=True)
+    # Of all groups of models, first the last epoch's.
+    return pd.concat(rows[::2] + rows[1::2], ignore_index=True)
 
 
 @dataclass(frozen=True)
