@@ -47,8 +47,8 @@ def draw_demo(
 
     `history` has a row a `seed`, `flood_level` and `epoch`, with the METRICS of `train`. Training
     curves are against the noisy labels that were trained on, test curves against the clean ones.
-    [released code] `parameters` are the demo's settings, as values or as strings; which trials
-    there are is in the history.
+    [released code] `parameters` are the demo's settings, as values or strings; the trials are the
+    history's.
     """
     parameters = {**parameters, "seed": history.seed.min(), "trials": history.seed.nunique()}
     chosen, compared = compared_level(history, str(parameters["select_on"]))
@@ -63,24 +63,21 @@ def draw_demo(
 
 def describe(parameters: Mapping[str, object]) -> str:
     """Return the setting of a demo in words; two halves, split by a newline."""
-    noise = float(parameters["label_noise"])
-    data = f"{parameters['dataset']}, {100 * noise:.3g}% of the labels flipped"
-    if parameters["dataset"] == "spiral":
-        data += f", spiral noise {float(parameters['spiral_noise']):g}"
-    momentum = float(parameters["momentum"])
-    batch_norm = str(parameters["batch_norm"]) == "True"
-    first, trials = int(parameters["seed"]), int(parameters["trials"])
+    given = {name: str(value) for name, value in parameters.items()}
+    samples, batch, first, trials = (
+        int(given[name]) for name in ("train_samples", "batch_size", "seed", "trials")
+    )
+    spiral = f", spiral noise {float(given['spiral_noise']):g}" * (given["dataset"] == "spiral")
+    momentum = float(given["momentum"])
     seeds = f"{trials} trials, seeds {first} to {first + trials - 1}"
-    seeds = f"seed {first}" if trials == 1 else seeds
     return (
-        f"{data}, {_count(parameters['train_samples'], 'training example')}; "
-        f"MLP {parameters['hidden_layers']} × {parameters['hidden_units']}"
-        f"{' with batch norm' if batch_norm else ''}\n"
-        f"{str(parameters['optimizer']).upper().replace('ADAM', 'Adam')}, "
-        f"learning rate {float(parameters['learning_rate']):g}"
-        f"{f', momentum {momentum:g}' if momentum else ''}, "
-        f"batches of {min(int(parameters['batch_size']), int(parameters['train_samples']))}, "
-        f"{_count(parameters['epochs'], 'epoch')}; {seeds}"
+        f"{given['dataset']}, {100 * float(given['label_noise']):.3g}% of the labels flipped"
+        f"{spiral}, {_count(samples, 'training example')}; MLP {given['hidden_layers']} × "
+        f"{given['hidden_units']}{' with batch norm' * (given['batch_norm'] == 'True')}\n"
+        f"{given['optimizer'].upper().replace('ADAM', 'Adam')}, learning rate "
+        f"{float(given['learning_rate']):g}{f', momentum {momentum:g}' if momentum else ''}, "
+        f"batches of {min(batch, samples)}, {_count(given['epochs'], 'epoch')}; "
+        f"{seeds if trials > 1 else f'seed {first}'}"
     )
 
 
@@ -104,14 +101,12 @@ def _sides(compared: float) -> list[tuple[float, str, str]]:
 
 
 def _draw_curves(
-    history: pd.DataFrame, chosen: float, compared: float, parameters: Mapping[str, object],
-    score: str,
-) -> Figure:  # fmt: skip
+    history: pd.DataFrame, chosen: float, compared: float, given: Mapping[str, object], score: str
+) -> Figure:
     figure = Figure(figsize=(9, 5.2))
     axes = figure.subplots()
     figure.subplots_adjust(left=0.1, right=0.72, top=0.83, bottom=0.17)
-    number = "{:.2f}".format if score == "loss" else "{:.1%}".format
-    ends, bands = [], []
+    digits, ends, bands = ".2f" if score == "loss" else ".1%", [], []
     for level, side, color in _sides(compared):
         trials = history[history.flood_level == level].groupby("epoch")
         for split, labels, style in (("train", "noisy", TRAIN_STYLE), ("test", "clean", "solid")):
@@ -119,30 +114,27 @@ def _draw_curves(
             mean, deviation = curve["mean"], curve["std"].fillna(0)
             name = f"{split}, {side}"
             axes.plot(mean.index, mean, color=color, linestyle=style, linewidth=1.8, label=name)
-            bands.append(pd.DataFrame({"low": mean - deviation, "high": mean + deviation}))
+            low, high = mean - deviation, mean + deviation
+            bands.append(pd.DataFrame({"low": low, "high": high}))
             if deviation.any():
-                axes.fill_between(
-                    mean.index, *bands[-1].to_numpy().T, color=color, alpha=0.15, linewidth=0
-                )
-            ends.append((mean.iloc[-1], f"{number(mean.iloc[-1])}  {name}", color))
+                axes.fill_between(mean.index, low, high, color=color, alpha=0.15, linewidth=0)
+            ends.append((mean.iloc[-1], f"{mean.iloc[-1]:{digits}}  {name}", color))
     if score == "loss" and compared:
         axes.axhline(compared, color=NEUTRAL_COLOR, linestyle=":", linewidth=1.4, zorder=1)
         ends.append((compared, f"flood level b = {compared:g}", NEUTRAL_COLOR))
     epochs = history.epoch.max()
-    axes.set_xlim(0, epochs)
+    ylabel = "cross-entropy loss (nats)" if score == "loss" else "accuracy"
+    axes.set(xlim=(0, epochs), xlabel="epoch", ylabel=ylabel)
     _limit(axes, score, pd.concat(bands), epochs)
-    axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("cross-entropy loss (nats)" if score == "loss" else "accuracy")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     _label_ends(axes, ends)
 
     title = f"{score.capitalize()} without{' and with' if compared else ''} flooding"
-    if compared and not chosen:
-        title += " (validation chose no flooding)"
-    _write_title(figure, title, parameters)
-    with_norm = str(parameters["batch_norm"]) == "True" and parameters["flood_on"] == "batch"
+    title += " (validation chose no flooding)" if compared and not chosen else ""
+    _write_title(figure, title, given)
+    with_norm = str(given["batch_norm"]) == "True" and given["flood_on"] == "batch"
     if score == "loss" and compared and with_norm:
         _explain_modes(figure, history[history.flood_level == compared], compared)
     figure.legend(
@@ -189,16 +181,13 @@ def _write_title(figure: Figure, title: str, parameters: Mapping[str, object]) -
 
 def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
     """Write each curve's name and end value to the right of it, pushed apart where they meet."""
-    low, high = axes.get_ylim()
-    gap = 0.055 * (high - low)
-    ends = sorted(ends)
+    (low, high), ends = axes.get_ylim(), sorted(ends)
     heights = np.array([value for value, _, _ in ends])
     for _ in range(200):
         for lower in range(len(heights) - 1):
-            overlap = gap - (heights[lower + 1] - heights[lower])
+            overlap = 0.055 * (high - low) - (heights[lower + 1] - heights[lower])
             if overlap > 0:
-                heights[lower] -= overlap / 2
-                heights[lower + 1] += overlap / 2
+                heights[lower : lower + 2] += -overlap / 2, overlap / 2
         heights += max(0, low - heights[0])  # keep all of them inside the axes' height
         heights -= max(0, heights[-1] - high)
     beside = axes.get_yaxis_transform()
@@ -219,30 +208,25 @@ def _draw_boundary(boundary: Boundary, compared: float, parameters: Mapping[str,
     flipped = labels != boundary.clean_labels
     plane = np.stack([x.ravel() for x in np.meshgrid(axis, axis)], axis=1)
     true_boundary = DATASETS[str(parameters["dataset"])].boundary
+    dashed = {"linestyles": [TRAIN_STYLE], "linewidths": 1.2}
     networks = zip(panels, sides, boundary.probability, boundary.predictions)
     for axes, (level, side, color), probability, predictions in networks:
         axes.pcolormesh(axis, axis, probability, cmap=CLASS_MAP, vmin=0, vmax=1, rasterized=True)
         if true_boundary:
-            truth = true_boundary(plane).reshape(len(axis), len(axis))
-            axes.contour(
-                axis, axis, truth, [0], colors="black", linestyles=[TRAIN_STYLE], linewidths=1.2
-            )
+            truth = true_boundary(plane).reshape(probability.shape)
+            axes.contour(axis, axis, truth, [0], colors="black", **dashed)
         axes.contour(axis, axis, probability, [0.5], colors=color, linewidths=2)
         for label, face in ((0, "white"), (1, "black")):
-            of_class = inputs[labels == label].T
-            axes.scatter(
-                *of_class, s=20, facecolor=face, edgecolor="black", linewidth=0.8, zorder=3
-            )
-        axes.scatter(*inputs[flipped].T, s=120, facecolor="none", edgecolor=color,
-                     linewidth=2, zorder=4)  # fmt: skip
+            dot = {"facecolor": face, "edgecolor": "black", "linewidth": 0.8}
+            axes.scatter(*inputs[labels == label].T, s=20, zorder=3, **dot)
+        circle = {"facecolor": "none", "edgecolor": color, "linewidth": 2}
+        axes.scatter(*inputs[flipped].T, s=120, zorder=4, **circle)
         name = f"{side}, b = {level:g}" if level else side
         if flipped.any():
             learned = (predictions == labels)[flipped].sum()
             name += f":\nlearned {learned} of {_count(flipped.sum(), 'flipped label')}"
         axes.set_title(name, color=color, fontsize=11, fontweight="bold")
-        axes.set_aspect("equal")
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(aspect="equal", xticks=[], yticks=[])
     _write_title(figure, "What the network learned", {**parameters, "trials": 1})
 
     point = {"linestyle": "none", "marker": "o", "markeredgecolor": "black"}
@@ -274,9 +258,8 @@ def draw_table(cells: pd.DataFrame, table: pd.DataFrame) -> Figure:
     panels = figure.subplots(len(datasets), len(noises), squeeze=False, sharex=True)
     for row, dataset in zip(panels, datasets):
         for axes, noise in zip(row, noises):
-            setting = (table.dataset == dataset) & (table.label_noise == noise)
-            rows = cells[(cells.dataset == dataset) & (cells.label_noise == noise)]
-            _draw_levels(axes, rows, table[setting])
+            setting = "dataset == @dataset and label_noise == @noise"
+            _draw_levels(axes, cells.query(setting), table.query(setting))
             axes.set_title(f"{dataset}, {100 * noise:g}% label noise", fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)
             axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -290,9 +273,8 @@ def draw_table(cells: pd.DataFrame, table: pd.DataFrame) -> Figure:
     figure.suptitle(
         f"Accuracy on noisy test labels against the flood level\n"
         f"mean and standard deviation, {trials} trial{'s' * (trials != '1')} a setting; "
-        f"curves leave the frame where flooding breaks down",
-        fontsize=11,
-    )
+        f"curves leave the frame where flooding breaks down", fontsize=11,
+    )  # fmt: skip
     return figure
 
 
@@ -306,17 +288,16 @@ def _draw_levels(axes: Axes, cells: pd.DataFrame, table: pd.DataFrame) -> None:
         high = (mean + deviation).clip(upper=1)
         axes.plot(mean.index, mean, color=color, linewidth=1.6, label=setting.stopping)
         axes.fill_between(mean.index, mean - deviation, high, color=color, alpha=0.15, linewidth=0)
-        axes.axhline(
-            setting.without_flooding_mean, color=color, linestyle=":", linewidth=1.2,
-            label=f"{setting.stopping}: without flooding",
-        )  # fmt: skip
+        without, flooded = setting.without_flooding_mean, setting.with_flooding_mean
+        label = f"{setting.stopping}: without flooding"
+        axes.axhline(without, color=color, linestyle=":", linewidth=1.2, label=label)
         axes.plot(
-            setting.flood_level_mean, setting.with_flooding_mean, marker="D", color=color,
-            markeredgecolor="black", markersize=7, linestyle="none",
+            setting.flood_level_mean, flooded, marker="D", color=color, markeredgecolor="black",
+            markersize=7, linestyle="none",
             label=f"{setting.stopping}: mean chosen b and its accuracy",
         )  # fmt: skip
-        lows += [setting.without_flooding_mean, setting.with_flooding_mean]
-        lows.append((mean - deviation)[mean.index <= setting.flood_level_mean].median())
+        shown = (mean - deviation)[mean.index <= setting.flood_level_mean]
+        lows += [without, flooded, shown.median()]
         highs.append(high.max())
     low, high = min(lows), max(highs)
     margin = max(0.15 * (high - low), 0.002)
