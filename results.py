@@ -19,10 +19,8 @@ import scipy  # its `stats` takes a second, and is loaded where it is first used
 from datasets import Cell, DataSettings, best_possible_accuracy
 from settings import SCORES, SPLITS, STOPPINGS
 
-# A cell of the table is one trial of one setting, with all its flood levels. These tell cells
-# apart, and the last three say where one was trained.
-CELL = [field.name for field in fields(Cell)]
-ORIGIN = ["commit", "torch", "device"]
+CELL = [field.name for field in fields(Cell)]  # what tells cells of the table apart
+ORIGIN = ["commit", "torch", "device"]  # where one was trained
 EARLIER = {"flood_on": "batch"}  # settings of the cells whose files do not say them
 FIGURES = ["epoch", *(f"{split}_{score}" for split in SPLITS[1:] for score in SCORES)]
 SETTING = ["dataset", "label_noise", "stopping"]  # a row of the paper's sub-tables A and B
@@ -55,10 +53,8 @@ def compared_level(history: pd.DataFrame, labels: str) -> tuple[float, float]:
     last = history[history.epoch == history.epoch.max()]
     means = last.groupby("flood_level", as_index=False).mean()
     chosen = choose_flood_levels(means, labels).flood_level.item()
-    flooded = means[means.flood_level > 0]
-    if chosen == 0 and len(flooded):
-        return chosen, choose_flood_levels(flooded, labels).flood_level.item()
-    return chosen, chosen
+    flooded = choose_flood_levels(means[means.flood_level > 0], labels).flood_level
+    return chosen, flooded.item() if len(flooded) else chosen
 
 
 def summarize(history: pd.DataFrame, labels: str) -> str:
@@ -186,11 +182,9 @@ def read_cells(
     """Read a table's raw figures back: all cells of all files, each once, in the order of CELL.
 
     A cell has a row a stopping and flood level. `shared` are the settings that all cells must
-    have been trained with. ORIGIN is empty where an earlier version did not write it.
-
-    Raises:
-        CellsError: a file is not there, lacks a column or a figure, was trained with other
-            settings or flood levels, or there is a cell twice, with other figures.
+    have been trained with. ORIGIN is empty where an earlier version did not write it. Raises
+    CellsError where a file is not there, lacks a column or a figure, was trained with other
+    settings or flood levels, or a cell is there twice, with other figures.
     """
     columns = [*CELL, *shared, "stopping", "flood_level", *FIGURES]
     grid = sorted((stopping, level) for stopping in STOPPINGS for level in flood_levels)
@@ -215,10 +209,9 @@ def read_cells(
         files.append(cells.reindex(columns=[*columns, *ORIGIN]))
     if not files:
         return pd.DataFrame(columns=[*columns, *ORIGIN])
-    cells = add_cells(*files).drop_duplicates(columns)
+    cells, where = add_cells(*files).drop_duplicates(columns), " ".join(map(str, paths))
     for key, rows in cells.groupby(CELL):
         if len(rows) > len(grid):
-            where = " ".join(map(str, paths))
             raise CellsError(f"{where}: a cell is there twice, with other figures: {_name(key)}")
     return cells
 

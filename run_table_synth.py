@@ -121,7 +121,7 @@ def main(table: TableSettings) -> None:
             lock.acquire()
         except Timeout as error:
             raise SettingError("output_dir", directory, "another table is made there") from error
-        state = [path for path in (directory / CELLS_FILE,) if path.exists()]
+        state = directory.glob(CELLS_FILE)  # if it is there
         cells = results.read_cells([*state, *table.cells], shared, levels)
         log = TableLog(shared, levels)
     missing = [cell for cell in grid if results.select_cells(cells, [cell]).empty]
@@ -192,11 +192,7 @@ def train_cell(
 
 
 def start_ray(address: str) -> None:
-    """Join Ray, and send it this code.
-
-    Raises:
-        SettingError: there is no Ray at that address.
-    """
+    """Join Ray, and send it this code; SettingError if there is no Ray at that address."""
     import ray
 
     unneeded = [".git", ".venv", "figures", "tests", "mlruns", "mlartifacts", "*.db"]

@@ -1,11 +1,9 @@
 """What MLflow keeps of the experiments, and how a demo is read back.
 
-A run of the demo is one flood level of one trial, a run of the table one cell. It is written when
-it is over, at one go, so the store has it whole or not at all. Runs stand side by side, tied
-together by a tag, so that the chart view compares them at once.
-
-The store is what MLFLOW_TRACKING_URI says, else `sqlite:///mlflow.db` in the current folder,
-which is what a bare `mlflow ui` there opens.
+A run is one flood level of one trial of the demo, or one cell of the table, written at one go when
+it is over: the store has it whole or not at all. A tag ties runs together for the chart view. The
+store is what MLFLOW_TRACKING_URI says, else `sqlite:///mlflow.db` in the current folder, which is
+what a bare `mlflow ui` there opens.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from mlflow.tracking.context.registry import resolve_tags
 
 from datasets import Cell, DataSettings, make_dataset
-from results import FIGURES, csv
+from results import FIGURES, csv, write_files
 from settings import SPLITS
 from train import METRICS, Boundary, where
 
@@ -130,14 +128,11 @@ def _quietly() -> Iterator[None]:
 
 
 class Experiment:
-    """An experiment of the tracking store, made if it is not there.
+    """An experiment of the store, made if it is not there; TrackingError if it is out of reach.
 
     `description` is Markdown with places for the addresses of its `charts` and of their `means`;
     `tie` is name and value of the tag of this demo's or table's runs. Means by the parameter
     `group_by` are a view, saved as MLflow's own "share" button does it: an address cannot say that.
-
-    Raises:
-        TrackingError: the store cannot be reached.
     """
 
     def __init__(self, name: str, description: str, tie: tuple[str, str], group_by: str) -> None:
@@ -224,9 +219,7 @@ class Experiment:
             for start in range(0, len(points), MAX_POINTS):
                 client.log_batch(run_id, points[start : start + MAX_POINTS])
             with tempfile.TemporaryDirectory() as folder:
-                for file, content in files.items():
-                    (Path(folder) / file).write_bytes(content)
-                if files:
+                if write_files(files, Path(folder)):
                     client.log_artifacts(run_id, folder)
             client.set_terminated(run_id, "FINISHED", ended)
         except BaseException:  # Ctrl-C too
@@ -272,9 +265,7 @@ class DemoLog(Experiment):
         name, times = f"result of {self._parameters['trials']} trials", (started, time.time())
         self.log((name, times, self._parameters, *self._said_and_kept(outcome, pictures), {}, ()))
 
-    def _said_and_kept(
-        self, outcome: Outcome, pictures: Mapping[str, bytes]
-    ) -> tuple[dict[str, str], dict[str, bytes]]:
+    def _said_and_kept(self, outcome: Outcome, pictures: Mapping[str, bytes]) -> tuple[dict, dict]:
         """The tags and the files of an outcome; `load_demo` reads the files."""
         tags = {**self._where, "mlflow.note.content": f"```\n{outcome.summary}\n```\n"}
         files = {HISTORY_FILE: csv(outcome.history), **pictures}
@@ -329,10 +320,8 @@ def describe_datasets(settings: DataSettings, seed: int) -> list[DatasetInput]:
 def load_demo(run_id: str) -> tuple[pd.DataFrame, dict[str, str], Boundary | None]:
     """Read back what a run has of a demo: history, parameters, what the boundary is drawn from.
 
-    A run of a flood level has its own trial, the result of several trials all of them.
-
-    Raises:
-        TrackingError: there is no such run, or it is not a demo's.
+    A run of a flood level has its own trial, the result of several trials all of them. Raises
+    TrackingError if there is no such run, or it is not a demo's.
     """
     uri = tracking_uri()
     path = uri.removeprefix("sqlite:///").partition("?")[0]

@@ -178,10 +178,8 @@ class EvaluationSplit:
     def __init__(self, name: str, split: Split, device: torch.device) -> None:
         self.name = name
         self.inputs = with_constant(torch.from_numpy(split.inputs).to(device))
-        self.labels = {
-            kind: torch.from_numpy(labels).to(device)
-            for kind, labels in (("noisy", split.labels), ("clean", split.clean_labels))
-        }
+        labels = np.stack([split.labels, split.clean_labels])
+        self.labels = dict(zip(("noisy", "clean"), torch.from_numpy(labels).to(device)))
 
     @torch.no_grad()
     def scores(self, folded: list[Tensor]) -> dict[str, Tensor]:
