@@ -1,8 +1,7 @@
 """The four synthetic data sets of the paper's section 4.1 and of the authors' demo.
 
 Each is said in one place: its entry in DATASETS. Labels are classes 0 (negative) and 1 (positive).
-Label noise flips a fixed number of the labels of each split; the clean labels are kept beside the
-noisy ones.
+Label noise flips a fixed number of each split's; the clean labels are kept beside the noisy ones.
 """
 
 from __future__ import annotations
@@ -110,10 +109,8 @@ def _spiral_boundary(inputs: np.ndarray) -> np.ndarray:
     return np.cos(np.hypot(x1, x2) - np.arctan2(x2, x1))
 
 
-# The Bayes classifier's, Phi(|mu_N| / 2).
-GAUSSIAN_BEST = 0.5 * (
-    1 + math.erf(GAUSSIAN_SHIFT * math.sqrt(GAUSSIAN_DIMENSIONS) / 2 / math.sqrt(2))
-)
+GAUSSIAN_DISTANCE = GAUSSIAN_SHIFT * math.sqrt(GAUSSIAN_DIMENSIONS)  # of the means
+GAUSSIAN_BEST = 0.5 * (1 + math.erf(GAUSSIAN_DISTANCE / 2 / math.sqrt(2)))  # Phi(distance / 2)
 # The released code counts `gaussian` and `spiral` per class: 100, 100 and 10 000. With noise the
 # arms of the spiral overlap.
 DATASETS = {
@@ -172,8 +169,7 @@ def make_dataset(settings: DataSettings, seed: int) -> Dataset:
     """Draw the three splits, each from a child stream of its own made from the seed.
 
     Inputs and flipped labels have streams of their own too, so neither the size of one split nor
-    the label noise changes anything else. [released code for the formulas and sizes; the random
-    streams are this project's]
+    the label noise changes anything else. [released code for formulas and sizes, not for streams]
     """
     sizes, splits = (settings.train_samples, settings.val_samples, settings.test_samples), []
     for samples, stream in zip(sizes, np.random.SeedSequence(seed).spawn(3)):

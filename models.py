@@ -18,9 +18,9 @@ CLASSES = 2
 class MLP(nn.Module):
     """Hidden layers of Linear, BatchNorm1d (or none), ReLU; then Linear to the class logits.
 
-    With batch norm the hidden linear layers have no bias. [released code] Weights and biases
-    are PyTorch's default initialisation, uniform in ±1/sqrt(inputs of the layer), drawn from
-    `generator`. Maps inputs [n, input_dim] to logits [n, 2].
+    With batch norm the hidden linear layers have no bias. [released code] Weights and biases are
+    PyTorch's default, uniform in ±1/sqrt(inputs of the layer), drawn from `generator`. Maps inputs
+    [n, input_dim] to logits [n, 2].
     """
 
     def __init__(self, input_dim: int, settings: ModelSettings, generator: torch.Generator) -> None:

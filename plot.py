@@ -47,8 +47,7 @@ def draw_demo(
 
     `history` has a row a `seed`, `flood_level` and `epoch`, with the METRICS of `train`. Training
     curves are against the noisy labels that were trained on, test curves against the clean ones.
-    [released code] `parameters` are the demo's settings, as values or strings; the trials are the
-    history's.
+    [released code] `parameters` are the demo's settings, as values or strings, of any trial.
     """
     parameters = {**parameters, "seed": history.seed.min(), "trials": history.seed.nunique()}
     chosen, compared = compared_level(history, str(parameters["select_on"]))
@@ -248,8 +247,7 @@ def _draw_boundary(boundary: Boundary, compared: float, parameters: Mapping[str,
 def draw_table(cells: pd.DataFrame, table: pd.DataFrame) -> Figure:
     """Return a panel a setting: noisy-label test accuracy against the flood level, by stopping.
 
-    `cells` are the raw figures, see `results.read_cells`, and `table` is what `results.compare`
-    makes of them.
+    `cells` are the raw figures, see `results.read_cells`; `table` is `results.compare` of them.
     """
     table = table.query("labels == 'noisy'")
     datasets, noises = table.dataset.unique(), sorted(table.label_noise.unique())

@@ -88,11 +88,10 @@ class Trial:
 
 def main(demo: DemoSettings) -> None:
     settings.exit_on_signals()
-    with ending_on(settings.SettingError, status=2):
-        device = prepare_process(demo.device)
     shown_levels = " ".join(f"{level:g}" for level in demo.flood_levels)
-    parameters = {**asdict(demo), "flood_levels": shown_levels, "device": device.type}
-    with ending_on(TrackingError, status=2):
+    with ending_on(settings.SettingError, TrackingError, status=2):
+        device = prepare_process(demo.device)
+        parameters = {**asdict(demo), "flood_levels": shown_levels, "device": device.type}
         log = DemoLog(demo, parameters, device)
     print(plot.describe(parameters).replace("\n", "; "), f"on {device.type}", flush=True)
 
@@ -137,7 +136,7 @@ def conclude(demo: DemoSettings, trials: Sequence[Trial]) -> Outcome:
     """Sum trials up, and choose the level; the boundary is that of the first one's networks."""
     history = pd.concat([trial.history for trial in trials], ignore_index=True)
     chosen, compared = compared_level(history, demo.select_on)
-    boundary, first = None, trials[0]
+    first, boundary = trials[0], None
     if first.data.train.inputs.shape[1] == 2:
         shown = [first.networks[level] for level in dict.fromkeys([0.0, compared])]
         boundary = find_boundary(shown, first.data.train)

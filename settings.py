@@ -2,7 +2,7 @@
 
 A setting is said once, here, with the data sets or, if one script alone has it, at the top of that
 script: its name is the flag, the string under it the flag's help (tyro reads both). A dataclass
-checks itself when it is made, and raises SettingError; it needs nothing heavy to do so.
+checks itself when it is made, and raises SettingError, without any heavy import.
 """
 
 from __future__ import annotations
@@ -199,12 +199,9 @@ def exit_on_signals() -> None:
 
 
 def progress_bar(total: int, unit: str, digits: int = 0) -> tqdm:
-    """Return a bar with the time left; in a log file it is drawn every 30 seconds.
-
-    It counts `unit`s with so many `digits`. A terminal that does not say its width has 80 columns.
-    """
+    """Return a bar that counts `unit`s, with the time left; in a log file one every 30 seconds."""
     seconds, columns = 30, 0
-    if sys.stderr.isatty():
+    if sys.stderr.isatty():  # which may not say its width
         seconds, columns = 0.1, os.get_terminal_size(sys.stderr.fileno()).columns
     counted = f"{{n:.{digits}f}} of {{total}} {unit}s [{{elapsed}}<{{remaining}}{{postfix}}]"
     return tqdm(

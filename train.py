@@ -101,9 +101,10 @@ def train(
     settings.check_batches(len(data.train.labels), bool(network.norms))
     evaluated = [EvaluationSplit(name, getattr(data, name), device) for name in splits]
     start = generator.get_state()
-    for models in _groups(len(flood_levels), device):
+    count, groups = len(flood_levels), count_epochs(flood_levels, 1, device)
+    for number in range(groups):  # of nearly the same size
         generator.set_state(start)
-        group = list(flood_levels[models])
+        group = list(flood_levels[count * number // groups : count * (number + 1) // groups])
         levels = torch.tensor(group, dtype=torch.float32, device=device)
         stack = StackedMLP(network, len(levels), device)
         epochs = train_epochs(stack, data.train, levels, settings, generator)
@@ -122,15 +123,8 @@ def train(
 
 
 def count_epochs(flood_levels: Sequence[float], epochs: int, device: torch.device) -> int:
-    """Return how many epochs of groups of models `train` trains."""
-    return len(_groups(len(flood_levels), device)) * epochs
-
-
-def _groups(models: int, device: torch.device) -> list[slice]:
-    """As few groups as the device allows, of nearly the same size."""
-    groups = math.ceil(models / MODELS_AT_ONCE[device.type])
-    ends = [models * group // groups for group in range(groups + 1)]
-    return [slice(*ends[group : group + 2]) for group in range(groups)]
+    """Return how many epochs `train` trains: of as few groups of models as the device allows."""
+    return epochs * math.ceil(len(flood_levels) / MODELS_AT_ONCE[device.type])
 
 
 def train_epochs(
