@@ -239,11 +239,9 @@ def csv(frame: pd.DataFrame) -> bytes:
 
 
 def write_files(files: Mapping[str, bytes], directory: Path) -> list[Path]:
-    """Write files into a folder, made if need be; each is moved into place when it is whole."""
+    """Write files into a folder, made if need be; they are moved into place when all are whole."""
     directory.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, content in files.items():
-        with tempfile.TemporaryDirectory(dir=directory) as folder:
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
-            paths.append((Path(folder) / name).replace(directory / name))
-    return paths
+        return [(Path(folder) / name).replace(directory / name) for name in files]

@@ -20,7 +20,6 @@ import shlex
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -137,7 +136,7 @@ class Experiment:
 
     def __init__(self, name: str, description: str, tie: tuple[str, str], group_by: str) -> None:
         self._tie, self._query = dict([tie]), f"tags.{tie[0]} = '{tie[1]}'"
-        self._pending: deque[tuple] = deque()
+        self._pending: list[tuple] = []
         keys = [{"mode": "param", "groupByData": group_by}]
         group = {"aggregateFunction": "average", "groupByKeys": keys}
         state = json.dumps({"searchFilter": self._query, "groupBy": group})
@@ -179,7 +178,7 @@ class Experiment:
         self._pending += runs
         deadline = time.monotonic() + PATIENCE_SECONDS
         while self._pending:
-            run = self._pending.popleft()
+            run = self._pending.pop(0)
             try:
                 with _quietly():
                     self._write(*run)

@@ -74,8 +74,7 @@ def prepare_process(device: str) -> torch.device:
 
 def where(device: torch.device) -> dict[str, str]:
     """Return what figures were computed with and on."""
-    on_gpu = device.type == "cuda"
-    name = f"cuda ({torch.cuda.get_device_name(device)})" if on_gpu else device.type
+    name = f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"
     return {"torch": torch.__version__, "device": name}
 
 
@@ -115,7 +114,7 @@ def train(
                 for split in evaluated:
                     metrics |= split.scores(folded)
                 metrics["train_flooded_fraction_so_far"] = flooded
-            metrics = _fetch(metrics, epoch, group, settings)
+            metrics = _fetch(metrics, epoch, group, settings.learning_rate)
             if epoch > 0:
                 on_epoch()
             if due:
@@ -192,18 +191,17 @@ class EvaluationSplit:
 
 
 def _fetch(
-    metrics: dict[str, Tensor], epochs: int | np.ndarray, flood_levels: Sequence[float],
-    settings: TrainSettings,
-) -> pd.DataFrame:  # fmt: skip
+    metrics: dict[str, Tensor], epochs: int | np.ndarray, levels: Sequence[float], rate: float
+) -> pd.DataFrame:
     """Bring metrics from the device at one go, a row a model; DivergenceError if not finite."""
     values = torch.stack([value.double() for value in metrics.values()]).cpu().numpy()
-    columns = {"flood_level": flood_levels, "epoch": epochs, **dict(zip(metrics, values))}
+    columns = {"flood_level": levels, "epoch": epochs, **dict(zip(metrics, values))}
     fetched = pd.DataFrame(columns)
     for metric, model in np.argwhere(~np.isfinite(values)):
         row = fetched.iloc[model]
         raise DivergenceError(
             f"flood level {row.flood_level:g}: {list(metrics)[metric]} is {values[metric, model]} "
-            f"in epoch {row.epoch:g}, with learning rate {settings.learning_rate:g}"
+            f"in epoch {row.epoch:g}, with learning rate {rate:g}"
         )
     return fetched
 
@@ -237,9 +235,9 @@ def train_with_early_stopping(
             last, best = (now.epoch, now.folded), (best_epoch, best_folded)
             for stopping, (epochs, folded) in zip(STOPPINGS, (last, best)):
                 scores = {k: v for split in splits for k, v in split.scores(folded).items()}
-                scored = _fetch(scores, epochs, now.metrics.flood_level, settings)
-                scored.insert(0, "stopping", stopping)
-                rows.append(scored)
+                levels, rate = now.metrics.flood_level, settings.learning_rate
+                rows.append(_fetch(scores, epochs, levels, rate))
+                rows[-1].insert(0, "stopping", stopping)
     # Of all groups of models, first the last epoch's.
     return pd.concat(rows[::2] + rows[1::2], ignore_index=True)
 
