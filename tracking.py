@@ -21,8 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 # What a store refuses is tried again here, not by MLflow.
@@ -69,8 +70,7 @@ curves go over the flood levels, not over time: step k is the k-th level. `last_
 """
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a demo, or one trial of it, comes to.
 
     `history` has a row a `seed`, `flood_level` and `epoch` with the METRICS; `summary` is the
