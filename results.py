@@ -115,7 +115,7 @@ def compare(cells: pd.DataFrame, ties: str = "lower loss") -> pd.DataFrame:
             row["best_possible"] = best_possible_accuracy(data, noise)
             for name, values in figures.items():
                 row |= {f"{name}_mean": values.mean(), f"{name}_std": values.std()}
-            row["p_value"] = _paired_p(figures["with_flooding"], figures["without_flooding"])
+            row["p_value"] = paired_p(figures["with_flooding"], figures["without_flooding"])
             rows.append(row)
     table = pd.DataFrame(rows).assign(p_adjusted=math.nan)
     for _, known in table.p_value.dropna().groupby(table.labels):
@@ -123,7 +123,7 @@ def compare(cells: pd.DataFrame, ties: str = "lower loss") -> pd.DataFrame:
     return table
 
 
-def _paired_p(after: pd.Series, before: pd.Series) -> float:
+def paired_p(after: pd.Series, before: pd.Series) -> float:
     """Two-sided p of a paired t-test: 0 for a constant difference, 1 for none, NaN for one pair."""
     differences = (after - before).to_numpy()
     if len(differences) < 2:

@@ -12,7 +12,7 @@ import importlib.util
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -116,7 +116,10 @@ def main(table: TableSettings) -> None:
     levels, shared, grid = table.flood_levels(), table.shared(), table.grid()
     lock = FileLock(directory / "table_synth.lock", blocking=False)  # until the process ends
     with ending_on(SettingError, results.CellsError, TrackingError, status=2):
-        start_ray(table.ray) if table.ray else prepare_process(table.device)
+        if table.ray:
+            start_ray(table.ray)
+        else:
+            prepare_process(table.device)
         try:
             lock.acquire()
         except Timeout as error:
@@ -124,7 +127,8 @@ def main(table: TableSettings) -> None:
         state = directory.glob(CELLS_FILE)  # if it is there
         cells = results.read_cells([*state, *table.cells], shared, levels)
         log = TableLog(shared, levels)
-    missing = [cell for cell in grid if results.select_cells(cells, [cell]).empty]
+    trained = set(cells[results.CELL].itertuples(index=False, name=None))
+    missing = [cell for cell in grid if astuple(cell) not in trained]
     known = len(grid) - len(missing)
     print(f"{len(grid)} cells of {len(levels)} flood levels, {known} trained before", flush=True)
     with (

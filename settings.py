@@ -181,7 +181,8 @@ def ending_on(*errors: type[Exception], status: int = 1) -> Iterator[None]:
     except errors as error:
         text = " ".join(str(error).split())
         if isinstance(error, SettingError):
-            text = f"--{error.args[0].replace('_', '-')} {error.args[1]}: {error.args[2]}"
+            name, value, allowed = error.args
+            text = f"--{name.replace('_', '-')} {value}: {allowed}"
         print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         sys.exit(status)
 

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-from scipy.stats import false_discovery_control, ttest_rel
+from scipy.stats import false_discovery_control
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from results import CELL, SETTING, choose_flood_levels, compare
+from results import CELL, SETTING, SIGNIFICANCE, choose_flood_levels, compare, paired_p
 from settings import STOPPINGS
 
 RULES = {"lower loss": "lower validation loss", "lowest": "lowest b", "highest": "highest b"}
@@ -47,7 +47,7 @@ def by_rule(cells: pd.DataFrame) -> None:
         print("Adjusted p:")
         print(wide(table.p_adjusted, 3))
         for sign, side in ((1, "better"), (-1, "worse")):
-            rows = table[(table.p_adjusted < 0.05) & (sign * gain > 0)]
+            rows = table[(table.p_adjusted < SIGNIFICANCE) & (sign * gain > 0)]
             names = [f"{LETTERS[s]} {dataset} {noise:g}" for dataset, noise, s in rows.index]
             print(f"Significantly {side}: {len(rows)}: {', '.join(sorted(names))}")
             if side == "better":
@@ -124,7 +124,7 @@ def example(cells: pd.DataFrame, other: pd.DataFrame) -> None:
             **{side: shown(accuracy[side], 1) for side in ("without", "batch", "example")},
             **{f"b {side}": shown(chosen[side], 2) for side in ("batch", "example")},
             "example - batch": round((accuracy.example - accuracy.batch).mean(), 1),
-            "p": ttest_rel(accuracy.example, accuracy.batch).pvalue,
+            "p": paired_p(accuracy.example, accuracy.batch),
         }
     table = pd.DataFrame(rows).T.sort_index()
     table["p"] = false_discovery_control(table.p.astype(float)).round(3)
