@@ -29,8 +29,8 @@ def wide(values: pd.Series, digits: int, percent: bool = False, signs: bool = Fa
     for stopping, letter in LETTERS.items():
         of_stopping = values.xs(stopping, level="stopping")
         for dataset, of_dataset in of_stopping.groupby(level="dataset"):
-            shown = ", ".join(f"{value:.{digits}f}" for value in of_dataset)
-            lines.append(f"  {letter} {dataset:11} {shown}")
+            figures = ", ".join(f"{round(value, digits) + 0:.{digits}f}" for value in of_dataset)
+            lines.append(f"  {letter} {dataset:11} {figures}")
         positive = f", positive in {(of_stopping > 0).sum()} of {len(of_stopping)}" * signs
         lines.append(f"  {letter} mean {of_stopping.mean():.{digits}f}{positive}")
     return "\n".join(lines)
@@ -109,31 +109,52 @@ def choosing(cells: pd.DataFrame) -> None:
 def example(cells: pd.DataFrame, other: pd.DataFrame) -> None:
     """Flooding on the mini-batch's mean and on each example's loss: same trials, same levels."""
     levels, trial = sorted(other.flood_level.unique()), [*CELL, "stopping"]
-    batch = cells[cells.flood_level.isin(levels) & cells.seed.isin(other.seed.unique())]
-    sides = {"batch": choose_flood_levels(batch, "noisy", trial)}
-    sides["example"] = choose_flood_levels(other, "noisy", trial)
-    sides["without"] = batch[batch.flood_level == 0]
-    names = ["test_accuracy_noisy", "flood_level"]
-    figures = pd.concat({s: rows.set_index(trial)[names] for s, rows in sides.items()}, axis=1)
-    rows = {}
-    for setting, trials in figures.groupby(SETTING):
-        accuracy = 100 * trials.xs(names[0], axis=1, level=1)
-        chosen = trials.xs(names[1], axis=1, level=1)
-        dataset, noise, stopping = setting
-        rows[LETTERS[stopping], dataset, noise] = {
-            **{side: shown(accuracy[side], 1) for side in ("without", "batch", "example")},
-            **{f"b {side}": shown(chosen[side], 2) for side in ("batch", "example")},
-            "example - batch": round((accuracy.example - accuracy.batch).mean(), 1),
-            "p": paired_p(accuracy.example, accuracy.batch),
-        }
-    table = pd.DataFrame(rows).T.sort_index()
-    table["p"] = false_discovery_control(table.p.astype(float)).round(3)
+    same = cells[cells.flood_level.isin(levels) & cells.seed.isin(other.seed)]
+    sides = {
+        "without": same[same.flood_level == 0],
+        "batch": choose_flood_levels(same, "noisy", trial),
+        "example": choose_flood_levels(other, "noisy", trial),
+    }
+    by_trial = {side: rows.set_index(trial).sort_index() for side, rows in sides.items()}
+    accuracy = pd.DataFrame({side: r.test_accuracy_noisy for side, r in by_trial.items()})
+    chosen = pd.DataFrame({side: r.flood_level for side, r in by_trial.items()})
+
+    settings = accuracy.groupby(SETTING)
+    p = settings.apply(lambda trials: paired_p(trials.example, trials.batch))
+    p[:] = false_discovery_control(p)
     print(
         f"\nFlooded: the mini-batch's mean loss, or each example's. {other.seed.nunique()} trials, "
         f"levels {', '.join(f'{level:g}' for level in levels)}.\nTest accuracy on noisy labels in "
-        f"%, chosen b, and the p of a paired t-test of example and batch, adjusted:\n"
+        f"%, chosen b, and p of a paired t-test of example and batch, adjusted for {len(p)} rows:\n"
     )
-    print(table.rename(columns={"p": "adjusted p"}).to_string())
+    header = ["data set", "label noise"]
+    for letter in LETTERS.values():
+        header += [f"{letter}: {name}" for name in ("without", "batch, b", "example, b", "p")]
+    lines = {}
+    for (dataset, noise, stopping), trials in settings:
+        line = lines.setdefault((dataset, noise), {"": [dataset, f"{100 * noise:g}%"]})
+        line[stopping] = [shown(100 * trials.without, 1)]
+        for side in ("batch", "example"):
+            b = chosen.loc[trials.index, side].mean()
+            line[stopping].append(f"{shown(100 * trials[side], 1)}, {b:.2f}")
+        line[stopping].append(f"{p[dataset, noise, stopping]:.3f}")
+    rows = [line[""] + line[STOPPINGS[0]] + line[STOPPINGS[1]] for line in lines.values()]
+    for row in (header, ["---"] * len(header), *rows):
+        print(f"| {' | '.join(row)} |")
+
+    mean = settings.mean()
+    for what, base, side in (
+        ("batch - without", "without", "batch"), ("example - without", "without", "example"),
+        ("example - batch", "batch", "example"),
+    ):  # fmt: skip
+        print(f"\n{what}, in points:")
+        print(wide(mean[side] - mean[base], 1, percent=True, signs=True))
+    print("\nLevel 0 of the example's file - that of the batch's, by rounding alone, in points:")
+    zero = means(other[other.flood_level == 0], "test_accuracy_noisy")
+    print(wide(zero - mean.without, 1, percent=True))
+    print("\nNoisy test accuracy in % at the highest b, batch and then example:")
+    for rows in (same, other):
+        print(wide(means(rows[rows.flood_level == levels[-1]], "test_accuracy_noisy"), 1, True))
 
 
 def shown(values: pd.Series, digits: int) -> str:
@@ -142,9 +163,10 @@ def shown(values: pd.Series, digits: int) -> str:
 
 
 def main() -> None:
+    folder, name = Path(__file__).parent, "table_synth_cells.csv"
     paths = [Path(path) for path in sys.argv[1:]] or [
-        Path(__file__).parent / "table_synth_cells.csv"
-    ]
+        folder / name, folder / "flood_on_example" / name
+    ]  # fmt: skip
     cells = pd.read_csv(paths[0], engine="pyarrow")
     trials = sorted(cells.groupby(SETTING).seed.nunique().unique())
     print(f"{paths[0].name}: {' or '.join(map(str, trials))} trials a setting")
