@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -135,3 +137,11 @@ def test_the_published_table_is_made_from_the_published_cells(published):
     [section] = re.findall(r"^## The paper's synthetic table\n(.*?)^## ", readme, re.M | re.S)
     expected = rows_of(markdown(table).split("Clean test labels")[0])
     assert len(expected) == 9 and rows_of(section) == expected
+
+
+def test_the_readme_compares_batch_and_example_as_the_claims_print_it():
+    command = [sys.executable, PROJECT / "figures" / "claims.py"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    readme = (PROJECT / "README.md").read_text()
+    [section] = re.findall(r"^## The batch's mean, or .*?\n(.*?)^## ", readme, re.M | re.S)
+    assert len(rows_of(printed)) == 9 and rows_of(section) == rows_of(printed)
