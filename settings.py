@@ -193,6 +193,7 @@ def exit_on_signals() -> None:
     def leave(number: int, frame: object) -> NoReturn:
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
         print(f"\nstopped by {signal.Signals(number).name}", file=sys.stderr)
+        sys.unraisablehook = lambda _: None  # a library that was in the middle of something
         sys.exit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -65,6 +65,7 @@ class Folder:
             patch.chdir(self.path)
             patch.setattr(sys, "argv", [str(PROJECT / script), *map(str, flags)])
             patch.setenv("MLFLOW_TRACKING_URI", self.uri)
+            patch.setattr(sys, "unraisablehook", sys.unraisablehook)
             try:
                 with redirect_stdout(output), redirect_stderr(errors):
                     module.main(parse_flags(getattr(module, SETTINGS[script]), module.__doc__))

@@ -264,6 +264,21 @@ def test_an_interrupted_trial_is_not_logged_those_before_are(folder):
     assert not pictures(folder.path)
 
 
+def test_a_signal_is_all_that_is_told_when_it_leaves_a_library_broken(folder):
+    """As SQLAlchemy's objects are when their bookkeeping was cut in two."""
+    code = """if True:
+        import os, settings, signal
+        class Broken:
+            def __del__(self):
+                raise AssertionError
+        def interrupted(broken):
+            os.kill(os.getpid(), signal.SIGTERM)
+        settings.exit_on_signals()
+        interrupted(Broken())"""
+    stopped = finish(folder.spawn("-c", code, PYTHONPATH=str(PROJECT)))
+    assert (stopped.status, stopped.errors) == (143, "\nstopped by SIGTERM\n")
+
+
 @pytest.mark.parametrize("store", ["there", "away"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_runs_are_written(folder, monkeypatch, number, store):
