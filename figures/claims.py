@@ -1,4 +1,4 @@
-"""Print every figure that the README says about the table, from its raw figures.
+"""Print the figures of the README's sentences about the table, from its raw figures.
 
     python figures/claims.py [CELLS.csv [EXAMPLE_CELLS.csv]]
 
@@ -20,9 +20,12 @@ from settings import STOPPINGS
 
 RULES = {"lower loss": "lower validation loss", "lowest": "lowest b", "highest": "highest b"}
 LETTERS = dict(zip(STOPPINGS, "AB"))
+TRIAL = [*CELL, "stopping"]
 
 
-def wide(values: pd.Series, digits: int, percent: bool = False, signs: bool = False) -> str:
+def wide(
+    values: pd.Series, digits: int, percent: bool = False, signs: bool = False, mean: bool = True
+) -> str:
     """Show a figure a setting: a line a stopping and data set, its three strengths of noise."""
     values = 100 * values if percent else values
     lines = []
@@ -32,26 +35,24 @@ def wide(values: pd.Series, digits: int, percent: bool = False, signs: bool = Fa
             figures = ", ".join(f"{round(value, digits) + 0:.{digits}f}" for value in of_dataset)
             lines.append(f"  {letter} {dataset:11} {figures}")
         positive = f", positive in {(of_stopping > 0).sum()} of {len(of_stopping)}" * signs
-        lines.append(f"  {letter} mean {of_stopping.mean():.{digits}f}{positive}")
+        lines += [f"  {letter} mean {of_stopping.mean():.{digits}f}{positive}"] * mean
     return "\n".join(lines)
 
 
 def by_rule(cells: pd.DataFrame) -> None:
     """The table under three rules for ties of validation accuracy."""
     better = []
-    for ties, rule in RULES.items():
-        table = compare(cells, ties).query("labels == 'noisy'").set_index(SETTING)
+    for name, rule in RULES.items():
+        table = compare(cells, name).query("labels == 'noisy'").set_index(SETTING)
         gain = table.with_flooding_mean - table.without_flooding_mean
         print(f"\nTies go to the {rule}. Gain in points on noisy test labels:")
         print(wide(gain, 1, percent=True, signs=True))
         print("Adjusted p:")
-        print(wide(table.p_adjusted, 3))
-        for sign, side in ((1, "better"), (-1, "worse")):
-            rows = table[(table.p_adjusted < SIGNIFICANCE) & (sign * gain > 0)]
-            names = [f"{LETTERS[s]} {dataset} {noise:g}" for dataset, noise, s in rows.index]
-            print(f"Significantly {side}: {len(rows)}: {', '.join(sorted(names))}")
-            if side == "better":
-                better.append(set(names))
+        print(wide(table.p_adjusted, 3, mean=False))
+        rows = table[(table.p_adjusted < SIGNIFICANCE) & (gain > 0)]
+        names = [f"{LETTERS[s]} {dataset} {noise:g}" for dataset, noise, s in rows.index]
+        print(f"Significantly better: {len(rows)}: {', '.join(sorted(names))}")
+        better.append(set(names))
         print("Mean chosen b:")
         print(wide(table.flood_level_mean, 2))
     print(f"\nSignificantly better under all rules: {', '.join(sorted(set.intersection(*better)))}")
@@ -59,12 +60,10 @@ def by_rule(cells: pd.DataFrame) -> None:
 
 def ties(cells: pd.DataFrame) -> None:
     """How often the rule for ties decides."""
-    best = cells.groupby([*CELL, "stopping"]).val_accuracy_noisy.transform("max")
-    tied = cells[cells.val_accuracy_noisy == best].groupby([*CELL, "stopping"]).size()
-    print("\nChoices that a tie decides, of all; levels that tie, on average and at most:")
-    for stopping, letter in LETTERS.items():
-        count = tied.xs(stopping, level="stopping")
-        print(f"  {letter} {(count > 1).mean():.0%}, {count.mean():.1f}, {count.max()}")
+    best = cells.groupby(TRIAL).val_accuracy_noisy.transform("max")
+    tied = cells[cells.val_accuracy_noisy == best].groupby(TRIAL).size() > 1
+    print("\nShare of the choices that a tie decides:")
+    print(wide(tied.groupby(SETTING).mean(), 2))
 
 
 def means(chosen: pd.DataFrame, name: str) -> pd.Series:
@@ -74,28 +73,26 @@ def means(chosen: pd.DataFrame, name: str) -> pd.Series:
 
 def choosing(cells: pd.DataFrame) -> None:
     """What the advice on choosing b says."""
-    trial = [*CELL, "stopping"]
-    noisy = choose_flood_levels(cells, "noisy", trial)
+    noisy = choose_flood_levels(cells, "noisy", TRIAL)
     none = cells[cells.flood_level == 0]
     six = cells[(10 * cells.flood_level).round(6) % 1 == 0]
-    coarse = choose_flood_levels(six, "noisy", trial)
+    coarse = choose_flood_levels(six, "noisy", TRIAL)
+    of_all = cells.groupby([*SETTING, "flood_level"], as_index=False).mean(numeric_only=True)
+    one = choose_flood_levels(of_all, "noisy", SETTING)
+    print("\nOne b for all trials, by their mean validation accuracy: gain in points:")
+    print(wide(means(one, "test_accuracy_noisy") - means(none, "test_accuracy_noisy"), 1, True))
     print("\nSix levels for all, change of noisy test accuracy in points:")
     print(wide(means(coarse, "test_accuracy_noisy") - means(noisy, "test_accuracy_noisy"), 1, True))
-    clean = choose_flood_levels(cells, "clean", trial)
+    clean = choose_flood_levels(cells, "clean", TRIAL)
     print("\nChosen by clean validation labels, change of clean test accuracy in points:")
     print(wide(means(clean, "test_accuracy_clean") - means(noisy, "test_accuracy_clean"), 1, True))
-    print("\nTest loss on clean labels, without flooding and then with it:")
-    for rows in (none, noisy):
-        print(wide(means(rows, "test_loss_clean"), 2))
-    print("Fall of the loss:")
-    fall = means(none, "test_loss_clean") - means(noisy, "test_loss_clean")
-    print(wide(fall, 2, signs=True))
+    for loss in ("test_loss_clean", "test_loss_noisy"):
+        print(f"\n{loss}, without flooding, then with it, then its fall:")
+        without, flooded = means(none, loss), means(noisy, loss)
+        print(wide(without, 2), wide(flooded, 2), wide(without - flooded, 2, signs=True), sep="\n")
     print("\nNoisy test accuracy in % without flooding, and then at the highest b:")
     for rows in (none, cells[cells.flood_level == cells.flood_level.max()]):
         print(wide(means(rows, "test_accuracy_noisy"), 1, True))
-    worst = cells.groupby([*SETTING, "flood_level"]).test_accuracy_noisy.mean()
-    print("At the worst b:")
-    print(wide(worst.groupby(SETTING).min(), 1, True))
     edge = noisy.assign(edge=noisy.flood_level >= 0.9 * cells.flood_level.max())
     print("\nShare of the trials that choose a b in the highest tenth of the grid:")
     print(wide(means(edge, "edge"), 2))
@@ -108,14 +105,14 @@ def choosing(cells: pd.DataFrame) -> None:
 
 def example(cells: pd.DataFrame, other: pd.DataFrame) -> None:
     """Flooding on the mini-batch's mean and on each example's loss: same trials, same levels."""
-    levels, trial = sorted(other.flood_level.unique()), [*CELL, "stopping"]
-    same = cells[cells.flood_level.isin(levels) & cells.seed.isin(other.seed)]
+    levels = sorted(other.flood_level.unique())
+    same = cells.merge(other[[*TRIAL, "flood_level"]])
     sides = {
         "without": same[same.flood_level == 0],
-        "batch": choose_flood_levels(same, "noisy", trial),
-        "example": choose_flood_levels(other, "noisy", trial),
+        "batch": choose_flood_levels(same, "noisy", TRIAL),
+        "example": choose_flood_levels(other, "noisy", TRIAL),
     }
-    by_trial = {side: rows.set_index(trial).sort_index() for side, rows in sides.items()}
+    by_trial = {side: rows.set_index(TRIAL).sort_index() for side, rows in sides.items()}
     accuracy = pd.DataFrame({side: r.test_accuracy_noisy for side, r in by_trial.items()})
     chosen = pd.DataFrame({side: r.flood_level for side, r in by_trial.items()})
 
@@ -143,14 +140,15 @@ def example(cells: pd.DataFrame, other: pd.DataFrame) -> None:
         print(f"| {' | '.join(row)} |")
 
     mean = settings.mean()
-    for what, base, side in (
-        ("batch - without", "without", "batch"), ("example - without", "without", "example"),
-        ("example - batch", "batch", "example"),
-    ):  # fmt: skip
-        print(f"\n{what}, in points:")
-        print(wide(mean[side] - mean[base], 1, percent=True, signs=True))
-    print("\nLevel 0 of the example's file - that of the batch's, by rounding alone, in points:")
     zero = means(other[other.flood_level == 0], "test_accuracy_noisy")
+    for what, gain in {
+        "batch - its level 0": mean.batch - mean.without,
+        "example - its level 0": mean.example - zero,
+        "example - batch": mean.example - mean.batch,
+    }.items():
+        print(f"\n{what}, in points:")
+        print(wide(gain, 1, percent=True, signs=True))
+    print("\nLevel 0 of the example's file - that of the batch's, in points:")
     print(wide(zero - mean.without, 1, percent=True))
     print("\nNoisy test accuracy in % at the highest b, batch and then example:")
     for rows in (same, other):
@@ -169,7 +167,11 @@ def main() -> None:
     ]  # fmt: skip
     cells = pd.read_csv(paths[0], engine="pyarrow")
     trials = sorted(cells.groupby(SETTING).seed.nunique().unique())
-    print(f"{paths[0].name}: {' or '.join(map(str, trials))} trials a setting")
+    noises = sorted(cells.label_noise.unique())
+    print(
+        f"{paths[0].name}: {' or '.join(map(str, trials))} trials a setting. "
+        f"Three figures in a row are of label noise {', '.join(map(str, noises))}."
+    )
     by_rule(cells)
     ties(cells)
     choosing(cells)
