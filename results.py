@@ -20,6 +20,7 @@ from datasets import Cell, DataSettings, best_possible_accuracy
 from settings import SCORES, SPLITS, STOPPINGS
 
 CELL = [field.name for field in fields(Cell)]  # what tells cells of the table apart
+TRIAL = [*CELL, "stopping"]  # of which a flood level is chosen
 ORIGIN = ["commit", "torch", "device"]  # where one was trained
 EARLIER = {"flood_on": "batch"}  # settings of the cells whose files do not say them
 FIGURES = ["epoch", *(f"{split}_{score}" for split in SPLITS[1:] for score in SCORES)]
@@ -98,9 +99,8 @@ def compare(cells: pd.DataFrame, ties: str = "lower loss") -> pd.DataFrame:
     t-test's over the trials, NaN where there is one, and `p_adjusted` the same after Benjamini
     and Hochberg over all rows with the same labels.
     """
-    trial = [*CELL, "stopping"]
-    chosen = choose_flood_levels(cells, "noisy", trial, ties)
-    pairs = cells[cells.flood_level == 0].merge(chosen, on=trial, suffixes=("_without", "_with"))
+    chosen = choose_flood_levels(cells, "noisy", TRIAL, ties)
+    pairs = cells[cells.flood_level == 0].merge(chosen, on=TRIAL, suffixes=("_without", "_with"))
     rows = []
     for labels in ("noisy", "clean"):
         for setting, trials in pairs.groupby(SETTING, sort=False):
@@ -149,26 +149,34 @@ def markdown(table: pd.DataFrame) -> str:
         header = ["data set", "label noise", "best possible"]
         for letter in "AB":
             header += [f"{letter}: {name}" for name in ("without flooding", "with flooding", "b")]
-        lines = [header, ["---"] * len(header)]
+        lines = []
         for (dataset, noise), pair in of_labels.groupby(SETTING[:2], sort=False):
             best = pair.best_possible.iloc[0]
             best = "unknown" if math.isnan(best) else f"{100 * best:.1f}"
             line = [dataset, f"{100 * noise:g}%", best]
             for _, row in pair.iterrows():
-                shown = [_shown(row, f"{side}_flooding", 100, 1) for side in ("without", "with")]
+                sides = [
+                    mean_and_deviation(100 * row[f"{side}_mean"], 100 * row[f"{side}_std"], 1)
+                    for side in ("without_flooding", "with_flooding")
+                ]
                 if row.p_adjusted < SIGNIFICANCE:
                     better = int(row.with_flooding_mean > row.without_flooding_mean)
-                    shown[better] = f"**{shown[better]}**"
-                line += [*shown, _shown(row, "flood_level", 1, 2)]
+                    sides[better] = f"**{sides[better]}**"
+                b = mean_and_deviation(row.flood_level_mean, row.flood_level_std, 2)
+                line += [*sides, b]
             lines.append(line)
-        rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        text += f"\n{titles[labels]}:\n\n{rows}\n"
+        text += f"\n{titles[labels]}:\n\n{table_rows(header, lines)}\n"
     return text
 
 
-def _shown(row: pd.Series, name: str, scale: float, digits: int) -> str:
-    """A figure as mean (standard deviation), which a single trial has not."""
-    mean, deviation = scale * row[f"{name}_mean"], scale * row[f"{name}_std"]
+def table_rows(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def mean_and_deviation(mean: float, deviation: float, digits: int) -> str:
+    """Return a mean (standard deviation), which a single trial has not."""
     return f"{mean:.{digits}f} ({'-' if math.isnan(deviation) else f'{deviation:.{digits}f}'})"
 
 

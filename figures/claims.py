@@ -15,12 +15,20 @@ import pandas as pd
 from scipy.stats import false_discovery_control
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from results import CELL, SETTING, SIGNIFICANCE, choose_flood_levels, compare, paired_p
+from results import (
+    SETTING,
+    SIGNIFICANCE,
+    TRIAL,
+    choose_flood_levels,
+    compare,
+    mean_and_deviation,
+    paired_p,
+    table_rows,
+)
 from settings import STOPPINGS
 
 RULES = {"lower loss": "lower validation loss", "lowest": "lowest b", "highest": "highest b"}
 LETTERS = dict(zip(STOPPINGS, "AB"))
-TRIAL = [*CELL, "stopping"]
 
 
 def wide(
@@ -35,7 +43,8 @@ def wide(
             figures = ", ".join(f"{round(value, digits) + 0:.{digits}f}" for value in of_dataset)
             lines.append(f"  {letter} {dataset:11} {figures}")
         positive = f", positive in {(of_stopping > 0).sum()} of {len(of_stopping)}" * signs
-        lines += [f"  {letter} mean {of_stopping.mean():.{digits}f}{positive}"] * mean
+        if mean:
+            lines.append(f"  {letter} mean {of_stopping.mean():.{digits}f}{positive}")
     return "\n".join(lines)
 
 
@@ -112,52 +121,50 @@ def example(cells: pd.DataFrame, other: pd.DataFrame) -> None:
         "batch": choose_flood_levels(same, "noisy", TRIAL),
         "example": choose_flood_levels(other, "noisy", TRIAL),
     }
-    by_trial = {side: rows.set_index(TRIAL).sort_index() for side, rows in sides.items()}
-    accuracy = pd.DataFrame({side: r.test_accuracy_noisy for side, r in by_trial.items()})
-    chosen = pd.DataFrame({side: r.flood_level for side, r in by_trial.items()})
-
-    settings = accuracy.groupby(SETTING)
-    p = settings.apply(lambda trials: paired_p(trials.example, trials.batch))
+    accuracy = pd.DataFrame(
+        {side: rows.set_index(TRIAL).test_accuracy_noisy for side, rows in sides.items()}
+    )
+    p = accuracy.groupby(SETTING).apply(lambda trials: paired_p(trials.example, trials.batch))
     p[:] = false_discovery_control(p)
     print(
         f"\nFlooded: the mini-batch's mean loss, or each example's. {other.seed.nunique()} trials, "
         f"levels {', '.join(f'{level:g}' for level in levels)}.\nTest accuracy on noisy labels in "
         f"%, chosen b, and p of a paired t-test of example and batch, adjusted for {len(p)} rows:\n"
     )
-    header = ["data set", "label noise"]
+    b = {side: means(sides[side], "flood_level") for side in ("batch", "example")}
+    header, lines = ["data set", "label noise"], []
     for letter in LETTERS.values():
         header += [f"{letter}: {name}" for name in ("without", "batch, b", "example, b", "p")]
-    lines = {}
-    for (dataset, noise, stopping), trials in settings:
-        line = lines.setdefault((dataset, noise), {"": [dataset, f"{100 * noise:g}%"]})
-        line[stopping] = [shown(100 * trials.without, 1)]
-        for side in ("batch", "example"):
-            b = chosen.loc[trials.index, side].mean()
-            line[stopping].append(f"{shown(100 * trials[side], 1)}, {b:.2f}")
-        line[stopping].append(f"{p[dataset, noise, stopping]:.3f}")
-    rows = [line[""] + line[STOPPINGS[0]] + line[STOPPINGS[1]] for line in lines.values()]
-    for row in (header, ["---"] * len(header), *rows):
-        print(f"| {' | '.join(row)} |")
+    for (dataset, noise), trials in accuracy.groupby(SETTING[:2]):
+        line = [dataset, f"{100 * noise:g}%"]
+        for stopping in STOPPINGS:
+            of_stopping, setting = trials.xs(stopping, level="stopping"), (dataset, noise, stopping)
+            for side, values in of_stopping.items():
+                chosen = f", {b[side][setting]:.2f}" if side in b else ""
+                shown = mean_and_deviation(100 * values.mean(), 100 * values.std(), 1)
+                line.append(shown + chosen)
+            line.append(f"{p[setting]:.3f}")
+        lines.append(line)
+    print(table_rows(header, lines))
+    example_gains(accuracy, same, other)
 
-    mean = settings.mean()
+
+def example_gains(accuracy: pd.DataFrame, same: pd.DataFrame, other: pd.DataFrame) -> None:
+    """What each of the two gains, and how far they stand apart at level 0 and at the highest."""
+    mean = accuracy.groupby(SETTING).mean()
     zero = means(other[other.flood_level == 0], "test_accuracy_noisy")
     for what, gain in {
         "batch - its level 0": mean.batch - mean.without,
         "example - its level 0": mean.example - zero,
         "example - batch": mean.example - mean.batch,
+        "level 0 of the example's file - that of the batch's": zero - mean.without,
     }.items():
         print(f"\n{what}, in points:")
         print(wide(gain, 1, percent=True, signs=True))
-    print("\nLevel 0 of the example's file - that of the batch's, in points:")
-    print(wide(zero - mean.without, 1, percent=True))
     print("\nNoisy test accuracy in % at the highest b, batch and then example:")
     for rows in (same, other):
-        print(wide(means(rows[rows.flood_level == levels[-1]], "test_accuracy_noisy"), 1, True))
-
-
-def shown(values: pd.Series, digits: int) -> str:
-    """Show the mean (standard deviation)."""
-    return f"{values.mean():.{digits}f} ({values.std():.{digits}f})"
+        highest = rows[rows.flood_level == other.flood_level.max()]
+        print(wide(means(highest, "test_accuracy_noisy"), 1, True))
 
 
 def main() -> None:
