@@ -27,10 +27,10 @@ Drawn = tuple[np.ndarray, np.ndarray]  # inputs [n, d] and clean labels [n]
 
 @dataclass(frozen=True)
 class Split:
-    """n examples: `inputs` [n, d] float32, `labels` (noisy) and `clean_labels` [n] int64."""
+    """n examples: `inputs` [n, d] float32, `noisy_labels` and `clean_labels` [n] int64."""
 
     inputs: np.ndarray
-    labels: np.ndarray
+    noisy_labels: np.ndarray
     clean_labels: np.ndarray
 
 
@@ -122,11 +122,12 @@ DATASETS = {
     ),
 }
 DatasetName = Literal[tuple(DATASETS)]
+SIZES = tuple(f"{split}_samples" for split in SPLITS)
 SplitSize = Annotated[int | None, flag("N", "(default: the authors' size, see the README)")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings:
+class Data:
     """What a data set is made from; together with the seed it fixes every bit of it."""
 
     dataset: DatasetName
@@ -147,38 +148,30 @@ class DataSettings:
         check(name in DATASETS, "dataset", repr(name), f"one of {', '.join(DATASETS)}")
         check(0 <= noise < 1, "label_noise", noise, "a fraction in [0, 1)")
         check(0 <= tau < math.inf, "spiral_noise", tau, "a finite number >= 0")
-        sizes = [f"{split}_samples" for split in SPLITS]
-        fill(self, **dict(zip(sizes, DATASETS[name].samples)))
-        check_counts(self, *sizes)
+        check_counts(self, *SIZES)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Cell(DataSettings):
-    """A cell of the table: one trial of one setting, with all its flood levels.
-
-    The seed is the trial's: its data, initial weights and mini-batches are drawn from it.
-    """
-
-    seed: int
+    def filled(self) -> Data:
+        """Return a copy that has the authors' sizes of the splits where none are said."""
+        return fill(self, **dict(zip(SIZES, DATASETS[self.dataset].samples)))
 
     def __str__(self) -> str:
-        return f"{self.dataset}, label noise {self.label_noise:g}, seed {self.seed}"
+        spiral = f", spiral noise {self.spiral_noise:g}" if self.spiral_noise else ""
+        return f"{self.dataset}, label noise {self.label_noise:g}{spiral}"
 
 
-def make_dataset(settings: DataSettings, seed: int) -> Dataset:
+def make_dataset(data: Data, seed: int) -> Dataset:
     """Draw the three splits, each from a child stream of its own made from the seed.
 
     Inputs and flipped labels have streams of their own too, so neither the size of one split nor
     the label noise changes anything else. [released code for formulas and sizes, not for streams]
     """
-    sizes, splits = (settings.train_samples, settings.val_samples, settings.test_samples), []
-    for samples, stream in zip(sizes, np.random.SeedSequence(seed).spawn(3)):
-        of_inputs, of_noise = (np.random.default_rng(child) for child in stream.spawn(2))
-        draw = DATASETS[settings.dataset].draw
-        inputs, labels = draw(samples, settings.spiral_noise, of_inputs)
-        labels = labels.astype(np.int64)
-        noisy = flip_labels(labels, settings.label_noise, of_noise)
-        splits.append(Split(inputs.astype(np.float32), noisy, labels))
+    data, draw, splits = data.filled(), DATASETS[data.dataset].draw, []
+    for size, stream in zip(SIZES, np.random.SeedSequence(seed).spawn(len(SIZES))):
+        inputs_stream, noise_stream = map(np.random.default_rng, stream.spawn(2))
+        inputs, labels = draw(getattr(data, size), data.spiral_noise, inputs_stream)
+        clean_labels = labels.astype(np.int64)
+        noisy_labels = flip_labels(clean_labels, data.label_noise, noise_stream)
+        splits.append(Split(inputs.astype(np.float32), noisy_labels, clean_labels))
     return Dataset(*splits)
 
 
@@ -190,12 +183,13 @@ def flip_labels(labels: np.ndarray, label_noise: float, generator: Generator) ->
     return noisy
 
 
-def best_possible_accuracy(settings: DataSettings, label_noise: float) -> float:
+def best_possible_accuracy(data: Data, label_noise: float) -> float:
     """Return the test accuracy of the best classifier of the clean labels; NaN if not known.
 
-    With a its value on clean labels and rho the share of the test split that `label_noise` flips,
-    it is a (1 - rho) + (1 - a) rho.
+    With a its value on clean labels and rho the share of the test split that `label_noise` flips
+    (0 for the clean labels), it is a (1 - rho) + (1 - a) rho.
     """
-    clean = DATASETS[settings.dataset].best_accuracy(settings.spiral_noise)
-    flipped = int(label_noise * settings.test_samples) / settings.test_samples
+    samples = data.filled().test_samples
+    clean = DATASETS[data.dataset].best_accuracy(data.spiral_noise)
+    flipped = int(label_noise * samples) / samples
     return clean * (1 - flipped) + (1 - clean) * flipped

@@ -88,9 +88,11 @@ def flood(loss: Tensor, level: float | Tensor) -> Tensor:
     """Return the flooded loss `(loss - level).abs() + level` (section 3 of the paper).
 
     Args:
-        loss: mean loss J of a mini-batch in nats, a scalar; or one such mean a model, shape [K].
-        level: the flood level b in nats, a finite number >= 0 or a scalar tensor; or one level a
-            model, shape [K]. No gradient flows into it.
+        loss: mean loss J of a mini-batch in nats, a scalar; or, of K models at once, one such mean
+            each, [K] or [1, K], or the losses of n examples, [n, K] (flooding each is iFlood).
+        level: the flood level b in nats, a finite number >= 0 or a scalar tensor; for K models one
+            level each, [K], so that flooding examples is never an accident. No gradient flows into
+            it.
 
     Shape and dtype are the loss's; where it equals the level the gradient is zero. The loss itself
     is returned under `torch.no_grad()`, so that no validation loss is flooded, and when the level
@@ -101,8 +103,8 @@ def flood(loss: Tensor, level: float | Tensor) -> Tensor:
         ValueError: loss or level is not as above. The values of a tensor are not looked at: on a
             GPU that would wait for the device at every step.
     """
-    _check_loss(loss, dimensions=int(isinstance(level, Tensor) and level.dim() == 1))
-    _check_level(level, loss.shape)
+    _check_loss(loss, dimensions=2 if isinstance(level, Tensor) and level.dim() == 1 else 0)
+    _check_level(level, loss.shape[-1:])
     if not torch.is_grad_enabled():
         return loss
     if isinstance(level, Tensor):
@@ -213,5 +215,5 @@ def _check_level(level: float | Tensor, shape: torch.Size) -> None:
         found = f"{list(level.shape)}, {level.dtype}" if isinstance(level, Tensor) else repr(level)
         raise ValueError(
             f"flood level {found:.60}: a finite number >= 0 is needed (0 turns flooding off), or a "
-            f"floating-point tensor of the loss's shape, {list(shape)}"
+            f"floating-point tensor of shape {list(shape)}"
         )

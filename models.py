@@ -1,141 +1,167 @@
-"""The multi-layer perceptron of the paper and the demo, and K of them trained as one."""
+"""The multi-layer perceptron of the paper and the demo, K of them as one network."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch.autograd.function import once_differentiable
 
-from settings import ModelSettings
+from settings import Model
 
 CLASSES = 2
 
 
 class MLP(nn.Module):
-    """Hidden layers of Linear, BatchNorm1d (or none), ReLU; then Linear to the class logits.
+    """K perceptrons side by side, which see the same inputs and never mix.
 
-    With batch norm the hidden linear layers have no bias. [released code] Weights and biases are
-    PyTorch's default, uniform in ±1/sqrt(inputs of the layer), drawn from `generator`. Maps inputs
-    [n, input_dim] to logits [n, 2].
+    Each has hidden layers of Linear, BatchNorm1d (or none), ReLU; then Linear to the class logits.
+    With batch norm the hidden linear layers have no bias. [released code] Copy k draws PyTorch's
+    default weights and biases, uniform in ±1/sqrt(inputs of the layer), from the k-th generator.
+    Maps inputs [n, input_dim] to logits [n, K, 2]. Between the layers stand rows [n, K * units],
+    on which one `BatchNorm1d` over K * units channels is K norms.
     """
 
-    def __init__(self, input_dim: int, settings: ModelSettings, generator: torch.Generator) -> None:
+    def __init__(self, input_dim: int, model: Model, generators: Sequence[torch.Generator]) -> None:
         super().__init__()
-        widths = [input_dim] + [settings.hidden_units] * settings.hidden_layers
+        self.input_dim, self.model, self.copies = input_dim, model, len(generators)
+        units = [model.hidden_units] * model.hidden_layers
+        shapes = [*itertools.pairwise([input_dim, *units, CLASSES])]
         self.linears = nn.ModuleList(
-            _linear(*shape, not settings.batch_norm, generator)
-            for shape in itertools.pairwise(widths)
+            StackedLinear(self.copies, *shape, bias=layer == len(units) or not model.batch_norm)
+            for layer, shape in enumerate(shapes)
         )
-        self.linears.append(_linear(widths[-1], CLASSES, True, generator))
-        normed = widths[1:] if settings.batch_norm else []
-        self.norms = nn.ModuleList(map(nn.BatchNorm1d, normed))
+        normed = units if model.batch_norm else []
+        self.norms = nn.ModuleList(nn.BatchNorm1d(self.copies * width) for width in normed)
+        for k, generator in enumerate(generators):
+            for linear in self.linears:
+                linear.draw(k, generator)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        hidden = inputs
+        rows = inputs
         for layer, linear in enumerate(self.linears[:-1]):
-            hidden = linear(hidden)
+            rows = linear(rows)
             if self.norms:
-                hidden = self.norms[layer](hidden)
-            hidden = hidden.relu_()
-        return self.linears[-1](hidden)
+                rows = self.norms[layer](rows)
+            rows = rows.relu_()
+        return self.linears[-1](rows).view(len(inputs), self.copies, CLASSES)
 
+    def select(self, copies: Sequence[int]) -> MLP:
+        """Return a network of these copies, in this order, with weights and statistics of its own.
 
-def _linear(inputs: int, outputs: int, bias: bool, generator: torch.Generator) -> nn.Linear:
-    # `nn.Linear` would draw from PyTorch's global generator.
-    linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias)
-    bound = 1 / math.sqrt(inputs)
-    for parameter in linear.parameters():
-        nn.init.uniform_(parameter, -bound, bound, generator=generator)
-    return linear
-
-
-class StackedMLP:
-    """K copies of one MLP, trained side by side: every parameter leads with a dimension K.
-
-    The network stays the plain `MLP`: `functional_call` under `vmap` runs it on the stacked
-    parameters, so that a step is one batched matrix product a layer. Weight matrices are kept as
-    [K, inputs, outputs], the transpose of `nn.Linear`'s: then their gradients lie in memory as
-    they do and are not copied.
-    """
-
-    def __init__(self, network: MLP, copies: int, device: torch.device) -> None:
-        # Only the structure of the network is used: its own tensors are replaced by the stacks.
-        self.network = copy.deepcopy(network).to("meta").train()
-        parameters, buffers = stack_module_state([network] * copies)
-        self.buffers = {name: value.to(device) for name, value in buffers.items()}
-        self.parameters = {}
-        for name, value in parameters.items():
-            value = value.mT.contiguous() if value.dim() == 3 else value
-            self.parameters[name] = value.detach().to(device).requires_grad_()
-
-    def losses(self, inputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-        """Return each model's mean cross-entropy in nats, [K], in training mode.
-
-        All models see the same mini-batch, inputs [n, d] and labels [n]; batch-norm statistics
-        are updated. With `reduction="none"` it is each example's cross-entropy, [K, n].
+        A copy may be named several times: `select([0] * 5)` makes five equal ones of the first.
         """
+        blank = [torch.Generator()] * len(copies)  # what it draws is overwritten
+        chosen = MLP(self.input_dim, self.model, blank).to(self.linears[0].weight.device)
+        for mine, theirs in zip(chosen._stacks(), self._stacks()):
+            mine.copy_(theirs[copies])
+        return chosen.train(self.training)
 
-        def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-            of_linear = {
-                name: value.mT if value.dim() == 2 else value for name, value in parameters.items()
-            }
-            logits = functional_call(self.network, (of_linear, buffers), (inputs,))
-            return nn.functional.cross_entropy(logits, labels, reduction=reduction)
+    def update(self, other: MLP, copies: Sequence[int]) -> None:
+        """Make these copies what they are in another network of as many."""
+        for mine, theirs in zip(self._stacks(), other._stacks()):
+            mine[copies] = theirs[copies]
 
-        return vmap(loss)(self.parameters, self.buffers)
+    def _stacks(self) -> list[Tensor]:
+        """Weights and statistics, each [K, ...]; but for the count of batches, which is of all."""
+        state = [value for value in self.state_dict().values() if value.dim() > 0]
+        return [value.view(self.copies, -1) for value in state]
+
+
+class StackedLinear(nn.Module):
+    """K linear layers: rows [n, K * inputs], or [n, inputs] for all, to rows [n, K * outputs]."""
+
+    def __init__(self, copies: int, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(copies, outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(copies, outputs)) if bias else None
 
     @torch.no_grad()
-    def fold(self) -> list[Tensor]:
-        """Return the evaluation-mode networks as one matrix a layer, for `folded_logits`.
+    def draw(self, k: int, generator: torch.Generator) -> None:
+        """Draw copy k's parameters as `nn.Linear` draws its own, first the weight."""
+        bound = 1 / math.sqrt(self.weight.shape[2])
+        for parameter in self.parameters():
+            parameter[k].uniform_(-bound, bound, generator=generator)
 
-        Batch norm is an affine map in evaluation mode and goes into the linear layer before it.
-        Biases go in as well, as outgoing weights of an extra unit that is always 1, which saves a
-        pass over memory a layer. Hidden widths, that unit included, are padded with zeros to a
-        multiple of 8, which the matrix products like. Shapes [K, inputs + 1, width],
-        [K, width, width], ..., [K, width, classes].
-        """
-        matrices, tensors = [], {**self.parameters, **self.buffers}
-        for layer in range(len(self.network.linears)):
-            weight, bias = (tensors.get(f"linears.{layer}.{name}") for name in ("weight", "bias"))
-            if bias is None:  # batch norm follows
-                norm, epsilon = f"norms.{layer}.", self.network.norms[layer].eps
-                inverse_deviation = (tensors[norm + "running_var"] + epsilon).rsqrt()
-                scale = tensors[norm + "weight"] * inverse_deviation  # [K, units]
-                weight = weight * scale.unsqueeze(1)
-                bias = tensors[norm + "bias"] - tensors[norm + "running_mean"] * scale
-            copies, inputs, outputs = weight.shape
-            rows = matrices[-1].shape[2] if matrices else inputs + 1
-            hidden = layer < len(self.network.linears) - 1
-            columns = (outputs + 8) // 8 * 8 if hidden else outputs
-            matrix = weight.new_zeros(copies, rows, columns)
-            matrix[:, :inputs, :outputs] = weight
-            matrix[:, inputs, :outputs] = bias
-            if hidden:
-                matrix[:, inputs, outputs] = 1  # the constant unit, kept alive
-            matrices.append(matrix)
-        return matrices
+    def forward(self, rows: Tensor) -> Tensor:
+        inputs = self.weight.shape[2]
+        if rows.shape[1] == inputs:  # the same for all: one matrix, their outputs in a row
+            bias = None if self.bias is None else self.bias.flatten()
+            return nn.functional.linear(rows, self.weight.flatten(0, 1), bias)
+        rows = stacked_product(rows, self.weight)
+        return rows if self.bias is None else rows.add_(self.bias.flatten())
 
 
-def with_constant(inputs: Tensor) -> Tensor:
-    """Append the constant unit that carries the biases: [n, d] to [n, d + 1]."""
-    return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
+def stacked_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """Multiply K matrices: rows [n, K * in] and weight [K, out, in] give rows [n, K * out]."""
+    if prefers_convolution(rows.device):
+        image = _Convolution.apply(rows, weight)
+        return image.permute(0, 2, 3, 1).reshape(len(rows), -1)
+    return _BatchedProduct.apply(rows, weight).transpose(0, 1).reshape(len(rows), -1)
 
 
-@torch.no_grad()
-def folded_logits(matrices: list[Tensor], inputs: Tensor, chunk: int) -> Tensor:
-    """Return the logits [K, n, classes] of K folded networks on inputs [n, d + 1].
+def prefers_convolution(device: torch.device) -> bool:
+    """Return whether oneDNN multiplies faster than PyTorch's `bmm`, by the kind of processor.
 
-    `inputs` come from `with_constant`. `chunk` examples are taken through all layers before the
-    next, so that the activations stay in the cache.
+    With AVX-512 it does, twice as fast on AMD's processors, where `bmm` (MKL) uses AVX2 only.
     """
-    logits = []
-    for rows in inputs.split(chunk):
-        hidden = rows.expand(len(matrices[0]), -1, -1)
-        for matrix in matrices[:-1]:
-            hidden = torch.bmm(hidden, matrix).relu_()
-        logits.append(torch.bmm(hidden, matrices[-1]))
-    return torch.cat(logits, dim=1)
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return device.type == "cpu" and wide and torch.backends.mkldnn.is_available()
+
+
+class _Convolution(torch.autograd.Function):
+    """The product as oneDNN's convolution of K groups with kernels of 1 x 1.
+
+    An example is a pixel and a unit a channel, so that rows are an image in channels-last format
+    as they lie. PyTorch's own `conv2d` would leave oneDNN where it has one thread. Returns the
+    operator's own tensor [1, K * out, n, 1]: a view of it could not be changed in place.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        image, kernels = _as_image(rows), weight.flatten(0, 1)[..., None, None]
+        convolution = torch.ops.aten.mkldnn_convolution
+        return convolution(image, kernels, None, (0, 0), (1, 1), (1, 1), len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        rows, weight = ctx.saved_tensors
+        gradient = gradient.permute(0, 2, 3, 1).reshape(len(rows), -1)
+        image, kernels = _as_image(gradient), weight.flatten(0, 1)[..., None, None]
+        transposed = torch.ops.mkldnn._convolution_transpose_pointwise
+        strides = (0, 0), (0, 0), (1, 1), (1, 1)
+        of_rows = transposed(image, kernels, None, *strides, len(weight), "none", [], "")
+        of_rows = of_rows.permute(0, 2, 3, 1).reshape(rows.shape)
+        of_weight = torch.bmm(_by_copy(gradient, weight).mT, _by_copy(rows, weight))
+        return of_rows, of_weight
+
+
+class _BatchedProduct(torch.autograd.Function):
+    """The product by `bmm`, [K, n, out]; the weights' gradient lies in memory as they do."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return torch.bmm(_by_copy(rows, weight), weight.mT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        rows, weight = ctx.saved_tensors
+        of_rows = torch.bmm(gradient, weight).transpose(0, 1).reshape(rows.shape)
+        return of_rows, torch.bmm(gradient.mT, _by_copy(rows, weight))
+
+
+def _as_image(rows: Tensor) -> Tensor:
+    """[n, channels] to [1, channels, n, 1], the same memory."""
+    return rows[None, :, None].permute(0, 3, 1, 2)
+
+
+def _by_copy(rows: Tensor, weight: Tensor) -> Tensor:
+    """[n, K * units] to [K, n, units], the same memory."""
+    return rows.view(len(rows), len(weight), -1).transpose(0, 1)

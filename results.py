@@ -1,88 +1,99 @@
-"""What the experiments' scores say: the chosen flood levels, their means, the paper's table.
+"""What the experiments' scores say: the chosen flood levels, a demo's outcome, the paper's table.
 
-Functions over pandas tables with a row a flood level, and the files that they are kept in; no
-MLflow, no torch.
+Functions over pandas tables with a row a model, and the files that these are kept in.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import scipy  # its `stats` takes a second, and is loaded where it is first used
 
-from datasets import Cell, DataSettings, best_possible_accuracy
-from settings import SCORES, SPLITS, STOPPINGS
+from datasets import Data, best_possible_accuracy
+from settings import SCORED_EPOCHS, SCORES, SPLITS, Model, Training
 
-CELL = [field.name for field in fields(Cell)]  # what tells cells of the table apart
-TRIAL = [*CELL, "stopping"]  # of which a flood level is chosen
-ORIGIN = ["commit", "torch", "device"]  # where one was trained
-EARLIER = {"flood_on": "batch"}  # settings of the cells whose files do not say them
+DATA = [field.name for field in fields(Data)]
+TRIAL = [*DATA, "seed"]  # what tells the trials of a table apart
+SHARED = [*(field.name for part in (Model, Training) for field in fields(part)), "version"]
+MODEL = ["scored_epoch", "start", "flood_level"]  # what tells the rows of a trial apart
 FIGURES = ["epoch", *(f"{split}_{score}" for split in SPLITS[1:] for score in SCORES)]
-SETTING = ["dataset", "label_noise", "stopping"]  # a row of the paper's sub-tables A and B
-SIGNIFICANCE = 0.05  # of the adjusted p-value that sets a score in bold
+ORIGIN = ["commit", "torch", "device"]  # where a trial was trained
+COLUMNS = [*TRIAL, *SHARED, *MODEL, *FIGURES, *ORIGIN]
+
+SIGNIFICANCE = 0.05  # of the adjusted p-value that sets a gain in bold
+LEAST_TRIALS = 10  # with fewer a gain has its interval, and no p-value
 
 
-def choose_flood_levels(
-    scores: pd.DataFrame, labels: str, by: Sequence[str] = (), ties: str = "lower loss"
+def choose_models(
+    scores: pd.DataFrame, labels: str, by: Sequence[str] = (), ties: str = "highest"
 ) -> pd.DataFrame:
-    """Return the row of the chosen flood level for each of the groups that the columns `by` make.
+    """Return the row of the chosen model for each of the groups that the columns `by` make.
 
-    Chosen is the best accuracy on the "noisy" or "clean" validation `labels`. Among equals it is
-    the "lower loss" on them, then the lower level; or with other `ties` the "lowest" or the
-    "highest" level. 0, no flooding, is a level like any other.
+    Chosen is the best accuracy on the "noisy" or "clean" validation `labels`, and among equals the
+    "highest" flood level [released code], or by other `ties` the "lowest" or that of "lower loss"
+    on these labels, then the lower level and start.
     """
-    order = {f"val_accuracy_{labels}": False}
-    if ties == "lower loss":
-        order[f"val_loss_{labels}"] = True
-    order["flood_level"] = ties != "highest"
-    best_first = scores.sort_values([*order], ascending=[*order.values()], kind="stable")
+    among_equals = {
+        "highest": {"flood_level": False},
+        "lowest": {"flood_level": True},
+        "lower loss": {f"val_loss_{labels}": True, "flood_level": True, "start": True},
+    }
+    rising = {f"val_accuracy_{labels}": False, **among_equals[ties]}
+    best_first = scores.sort_values([*rising], ascending=[*rising.values()], kind="stable")
     return best_first.drop_duplicates(list(by)) if by else best_first.head(1)
 
 
-def compared_level(history: pd.DataFrame, labels: str) -> tuple[float, float]:
-    """Return the chosen flood level, and the one that the pictures compare with no flooding.
+@dataclass(frozen=True)
+class Outcome:
+    """What a demo, of one trial or several, comes to.
 
-    Chosen by the last epoch's validation accuracy, its mean over the trials. Where that is no
-    flooding, the best of the other levels is compared, if there are any.
+    `history` has a row a `seed`, `flood_level` and `epoch`, with train.METRICS. `chosen` is the
+    level of best last-epoch validation accuracy, its mean over the trials; `compared`, shown beside
+    no flooding, is that or, if it is 0, the best of the others. `summary` is the printed table.
     """
+
+    history: pd.DataFrame
+    parameters: Mapping[str, object]
+    chosen: float
+    compared: float
+    summary: str
+
+
+def conclude(history: pd.DataFrame, parameters: Mapping[str, object]) -> Outcome:
+    """Choose a demo's level, on the validation labels that its `select_on` names; sum it up."""
+    labels = str(parameters["select_on"])
     last = history[history.epoch == history.epoch.max()]
     means = last.groupby("flood_level", as_index=False).mean()
-    chosen = choose_flood_levels(means, labels).flood_level.item()
-    flooded = choose_flood_levels(means[means.flood_level > 0], labels).flood_level
-    return chosen, flooded.item() if len(flooded) else chosen
+    chosen = choose_models(means, labels).flood_level.item()
+    flooded = choose_models(means[means.flood_level > 0], labels).flood_level
+    compared = flooded.item() if len(flooded) else chosen
+    return Outcome(history, parameters, chosen, compared, _summarize(last, labels))
 
 
-def summarize(history: pd.DataFrame, labels: str) -> str:
-    """Return a demo's result as text: a row a flood level with last-epoch scores.
-
-    `history` has a row a `seed`, `flood_level` and `epoch`. One trial shows its figures and its
-    chosen level, several their mean, standard deviation, and how many trials chose the level.
-    """
-    last = history[history.epoch == history.epoch.max()]
+def _summarize(last: pd.DataFrame, labels: str) -> str:
+    """Return a row a flood level as text; of several trials, how many of them choose the level."""
     trials = last.seed.nunique()
-    chosen = choose_flood_levels(last, labels, ["seed"]).flood_level.value_counts()
-    of_trials = f", mean ± standard deviation of {trials} trials" if trials > 1 else ""
+    chosen = choose_models(last, labels, ["seed"]).flood_level.value_counts()
+    spread = f", mean ± standard deviation of {trials} trials" if trials > 1 else ""
     columns = {
         "train, noisy": "train_accuracy_noisy", "val, clean": "val_accuracy_clean",
         "test, clean": "test_accuracy_clean", "test loss, clean": "test_loss_clean",
     }  # fmt: skip
     lines = [
-        f"Last epoch, accuracies in %, each against noisy or clean labels{of_trials}:\n",
+        f"Last epoch, accuracies in %, each against noisy or clean labels{spread}:\n",
         f"flood level{''.join(f'{title:>{len(title) + 3}}' for title in columns)}",
     ]
     for level, rows in last.groupby("flood_level"):
         line = f"{f'{level:g}' if level else 'no flooding':11}"
         for title, name in columns.items():
             digits, scale = (3, 1) if "loss" in name else (1, 100)
-            text = f"{scale * rows[name].mean():.{digits}f}"
-            if trials > 1:
-                text += f" ± {scale * rows[name].std():.{digits}f}"
+            mean, deviation = scale * rows[name].mean(), scale * rows[name].std()
+            text = f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if trials > 1 else "")
             line += f"{text:>{len(title) + 3}}"
         if level in chosen:
             line += "  <- chosen" + (f" by {chosen[level]}" if trials > 1 else "")
@@ -90,158 +101,193 @@ def summarize(history: pd.DataFrame, labels: str) -> str:
     return "\n".join(lines)
 
 
-def compare(cells: pd.DataFrame, ties: str = "lower loss") -> pd.DataFrame:
-    """Return the paper's table: a row a setting and kind of test labels, figures over the trials.
+def compare(
+    trials: pd.DataFrame, starts: pd.DataFrame | None = None, ties: str = "highest"
+) -> pd.DataFrame:
+    """Return the paper's table: a row a setting, scored epoch and kind of test labels.
 
-    `cells` are the table's raw figures, see `read_cells`. Each trial chooses its flood level by
-    noisy validation accuracy, see `choose_flood_levels`. Accuracies are fractions;
-    `best_possible` is the Bayes classifier's, NaN where it is not known. `p_value` is a paired
-    t-test's over the trials, NaN where there is one, and `p_adjusted` the same after Benjamini
-    and Hochberg over all rows with the same labels.
+    `trials` are the table's raw figures, `starts` those of the fair search, see `read_trials`. Each
+    trial chooses its flood level, and its start, by noisy validation accuracy. Accuracies are
+    fractions; `best_possible` is the Bayes classifier's. `gain` is that of flooding over no
+    flooding, `fair_gain` that over the best start without flooding, see `paired_gain`; `p_adjusted`
+    is after Benjamini and Hochberg over the rows with the same labels. NaN is what is not known.
     """
-    chosen = choose_flood_levels(cells, "noisy", TRIAL, ties)
-    pairs = cells[cells.flood_level == 0].merge(chosen, on=TRIAL, suffixes=("_without", "_with"))
+    key = [*TRIAL, "scored_epoch"]
+    without = trials[trials.flood_level == 0].set_index(key)
+    starts = trials.iloc[:0] if starts is None else starts
+    flooded = choose_models(trials, "noisy", key, ties).set_index(key).loc[without.index]
+    best_start = choose_models(starts, "noisy", key, "lower loss").set_index(key)
+    sides = {"without_flooding": without, "with_flooding": flooded}
+    sides["best_start"] = best_start.reindex(without.index)
     rows = []
     for labels in ("noisy", "clean"):
-        for setting, trials in pairs.groupby(SETTING, sort=False):
-            figures = {
-                "without_flooding": trials[f"test_accuracy_{labels}_without"],
-                "with_flooding": trials[f"test_accuracy_{labels}_with"],
-                "flood_level": trials["flood_level_with"],
-            }
-            row = {**dict(zip(SETTING, setting)), "labels": labels, "trials": len(trials)}
-            data = DataSettings(**trials[CELL[:-1]].iloc[0])
-            noise = data.label_noise if labels == "noisy" else 0.0
-            row["best_possible"] = best_possible_accuracy(data, noise)
-            for name, values in figures.items():
-                row |= {f"{name}_mean": values.mean(), f"{name}_std": values.std()}
-            row["p_value"] = paired_p(figures["with_flooding"], figures["without_flooding"])
+        accuracy = f"test_accuracy_{labels}"
+        figures = pd.DataFrame({side: chosen[accuracy] for side, chosen in sides.items()})
+        figures["flood_level"] = flooded.flood_level
+        for setting, group in figures.groupby([*DATA, "scored_epoch"], sort=False):
+            data = Data(**dict(zip(DATA, setting)))
+            row = {**vars(data), "scored_epoch": setting[-1], "labels": labels}
+            row |= {"trials": len(group), "starts": starts.start.nunique()}
+            flipped = data.label_noise if labels == "noisy" else 0.0
+            row["best_possible"] = best_possible_accuracy(data, flipped)
+            for name in figures:
+                row |= {f"{name}_mean": group[name].mean(), f"{name}_std": group[name].std()}
+            row |= paired_gain("gain", group.with_flooding - group.without_flooding)
+            row |= paired_gain("fair_gain", group.with_flooding - group.best_start)
             rows.append(row)
-    table = pd.DataFrame(rows).assign(p_adjusted=math.nan)
-    for _, known in table.p_value.dropna().groupby(table.labels):
-        table.loc[known.index, "p_adjusted"] = scipy.stats.false_discovery_control(known)
+    table = pd.DataFrame(rows)
+    for name in ("gain", "fair_gain"):
+        table[f"{name}_p_adjusted"] = math.nan
+        for _, p in table[f"{name}_p"].dropna().groupby(table.labels):
+            table.loc[p.index, f"{name}_p_adjusted"] = scipy.stats.false_discovery_control(p)
     return table
 
 
-def paired_p(after: pd.Series, before: pd.Series) -> float:
-    """Two-sided p of a paired t-test: 0 for a constant difference, 1 for none, NaN for one pair."""
-    differences = (after - before).to_numpy()
-    if len(differences) < 2:
-        return math.nan
-    if np.ptp(differences) < 1e-12:
-        return float(abs(differences[0]) < 1e-12)
-    return float(scipy.stats.ttest_rel(after, before).pvalue)
+def paired_gain(name: str, gains: pd.Series) -> dict[str, float]:
+    """Return the mean of the trials' gains, its 95 % interval and the p of a paired t-test.
+
+    They are `name`_mean, _low, _high and _p, by Student's t; NaN the interval of one trial, the p
+    of fewer than LEAST_TRIALS, and all of no trial. Equal gains have p 0, or 1 if they are none.
+    """
+    gains, p = gains.dropna(), math.nan
+    mean, margin = gains.mean(), gains.sem() * scipy.stats.t.ppf(0.975, len(gains) - 1)
+    if len(gains) >= LEAST_TRIALS:
+        equal = gains.max() - gains.min() < 1e-12
+        p = float(abs(mean) < 1e-12) if equal else scipy.stats.ttest_1samp(gains, 0).pvalue
+    figures = {"mean": mean, "low": mean - margin, "high": mean + margin, "p": p}
+    return {f"{name}_{figure}": value for figure, value in figures.items()}
+
+
+def summarize_trial(rows: pd.DataFrame) -> dict[str, float]:
+    """Return what one trial comes to: noisy test accuracies and chosen b, by scored epoch."""
+    table = compare(rows[rows.start == 0], rows)
+    names = ["best_start"] if rows.start.any() else ["with_flooding", "flood_level"]
+    return {
+        f"{row.scored_epoch}/{name}": row[f"{name}_mean"]
+        for _, row in table[table.labels == "noisy"].iterrows()
+        for name in ("without_flooding", *names)
+    }
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Return what `compare` returned as Markdown, accuracies in %, A and B side by side."""
-    trials = sorted(table.trials.unique())
-    counts = " or ".join(map(str, trials)) + (" trial" if trials == [1] else " trials")
+    """Return what `compare` returned as Markdown, accuracies and gains in %."""
+    trials = " or ".join(map(str, sorted(table.trials.unique())))
+    starts, known = table.starts.max(), table[table.labels == "noisy"].count()
     text = (
-        f"Test accuracy in %, mean (standard deviation) over {counts}. A: last epoch. B: early "
-        f"stopping, the epoch of best validation accuracy. b: the flood level that each trial "
-        f"chose by noisy validation accuracy. Best possible: the Bayes classifier of the clean "
-        f"labels. Bold: better by a paired t-test at {100 * SIGNIFICANCE:g}%, adjusted for the "
-        f"rows (Benjamini-Hochberg).\n"
+        f"Test accuracy in %, mean (standard deviation) over {trials} trials, on noisy labels as "
+        f"in the paper and on clean ones. A: last epoch. B: early stopping, the epoch of best "
+        f"validation accuracy. b: the flood level that each trial chose by noisy validation "
+        f"accuracy. Best possible: the Bayes classifier of the clean labels. Gain: of flooding "
+        f"over no flooding, paired, with its 95% interval."
     )
-    titles = {"noisy": "Noisy test labels, as in the paper", "clean": "Clean test labels"}
-    for labels, of_labels in table.groupby("labels", sort=False):
-        header = ["data set", "label noise", "best possible"]
-        for letter in "AB":
-            header += [f"{letter}: {name}" for name in ("without flooding", "with flooding", "b")]
-        lines = []
-        for (dataset, noise), pair in of_labels.groupby(SETTING[:2], sort=False):
-            best = pair.best_possible.iloc[0]
-            best = "unknown" if math.isnan(best) else f"{100 * best:.1f}"
-            line = [dataset, f"{100 * noise:g}%", best]
-            for _, row in pair.iterrows():
-                sides = [
-                    mean_and_deviation(100 * row[f"{side}_mean"], 100 * row[f"{side}_std"], 1)
-                    for side in ("without_flooding", "with_flooding")
-                ]
-                if row.p_adjusted < SIGNIFICANCE:
-                    better = int(row.with_flooding_mean > row.without_flooding_mean)
-                    sides[better] = f"**{sides[better]}**"
-                b = mean_and_deviation(row.flood_level_mean, row.flood_level_std, 2)
-                line += [*sides, b]
-            lines.append(line)
-        text += f"\n{titles[labels]}:\n\n{table_rows(header, lines)}\n"
-    return text
+    if starts:
+        text += (
+            f" Best of {starts} starts: trainings without flooding from weights of their own, "
+            f"chosen by the same rule. Fair gain: of flooding over that."
+        )
+    if known.gain_p:
+        text += (
+            f" p: of a t-test, adjusted (Benjamini-Hochberg) over {known.gain_p} gains and over "
+            f"{known.fair_gain_p} fair gains; bold: below {SIGNIFICANCE:g}."
+        )
+    for labels in ("noisy", "clean"):
+        for letter, scored_epoch in zip("AB", SCORED_EPOCHS):
+            shown = table[(table.labels == labels) & (table.scored_epoch == scored_epoch)]
+            lines = [_shown(row, starts) for _, row in shown.iterrows()]
+            text += f"\n\n{letter}, {labels} test labels:\n\n{table_rows(lines)}"
+    return text + "\n"
 
 
-def table_rows(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _shown(row: pd.Series, starts: int) -> dict[str, str]:
+    """Return a row of `compare` as texts, by their titles."""
+    best, tau = row.best_possible, f", τ = {row.spiral_noise:g}" if row.spiral_noise else ""
+    shown = {
+        "data set": f"{row.dataset}{tau}",
+        "label noise": f"{100 * row.label_noise:g}%",
+        "best possible": "unknown" if math.isnan(best) else f"{100 * best:.1f}",
+        "without flooding": mean_and_deviation(row, "without_flooding"),
+        "with flooding": mean_and_deviation(row, "with_flooding"),
+        "b": mean_and_deviation(row, "flood_level", scale=1, digits=2),
+        "gain": gain_and_interval(row, "gain"),
+    }
+    if starts:
+        shown[f"best of {starts} starts"] = mean_and_deviation(row, "best_start")
+        shown["fair gain"] = gain_and_interval(row, "fair_gain")
+    return shown
 
 
-def mean_and_deviation(mean: float, deviation: float, digits: int) -> str:
-    """Return a mean (standard deviation), which a single trial has not."""
-    return f"{mean:.{digits}f} ({'-' if math.isnan(deviation) else f'{deviation:.{digits}f}'})"
+def mean_and_deviation(row: pd.Series, name: str, scale: float = 100, digits: int = 1) -> str:
+    """Return a mean (standard deviation) of `compare` as text; - is what is not known."""
+    mean, deviation = scale * row[f"{name}_mean"], scale * row[f"{name}_std"]
+    text = "-" if math.isnan(mean) else f"{mean:.{digits}f}"
+    return text if math.isnan(deviation) else f"{text} ({deviation:.{digits}f})"
 
 
-class CellsError(Exception):
-    """A file of cells cannot be used; says which and why."""
+def gain_and_interval(row: pd.Series, name: str) -> str:
+    """Return a gain of `compare` in points, with interval and adjusted p as far as it has them."""
+    mean, low, high = (100 * row[f"{name}_{figure}"] for figure in ("mean", "low", "high"))
+    p = row[f"{name}_p_adjusted"]
+    text = "-" if math.isnan(mean) else f"{mean:+.1f}"
+    text += "" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
+    text += "" if math.isnan(p) else f", p {p:.3f}" if p >= 0.001 else ", p < 0.001"
+    return f"**{text}**" if p < SIGNIFICANCE else text
 
 
-def read_cells(
-    paths: Sequence[Path], shared: Mapping[str, object], flood_levels: Sequence[float]
+def table_rows(lines: Sequence[Mapping[str, str]]) -> str:
+    """Return a table in Markdown; each line has its texts by the titles of the columns."""
+    rows = [[*lines[0]], ["---"] * len(lines[0]), *(line.values() for line in lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+class TrialsError(Exception):
+    """A file of raw figures cannot be used; says which and why."""
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Read a table back, every bit of its floats."""
+    return pd.read_csv(path, float_precision="round_trip", dtype=dict.fromkeys(ORIGIN, str))
+
+
+def read_trials(
+    paths: Sequence[Path], shared: Mapping[str, object], models: Collection[tuple[int, float]]
 ) -> pd.DataFrame:
-    """Read a table's raw figures back: all cells of all files, each once, in the order of CELL.
+    """Read a table's raw figures: all trials of all files, each once.
 
-    A cell has a row a stopping and flood level. `shared` are the settings that all cells must
-    have been trained with. ORIGIN is empty where an earlier version did not write it. Raises
-    CellsError where a file is not there, lacks a column or a figure, was trained with other
-    settings or flood levels, or a cell is there twice, with other figures.
+    `shared` is what all must have been trained with, `models` the (start, flood level) of each, a
+    row a scored epoch. Raises TrialsError for a file that cannot be read, is cut short or was
+    trained with something else, and for a trial with other models, or twice there, different.
     """
-    columns = [*CELL, *shared, "stopping", "flood_level", *FIGURES]
-    grid = sorted((stopping, level) for stopping in STOPPINGS for level in flood_levels)
-    files = []
+    files = [pd.DataFrame(columns=COLUMNS)]
     for path in paths:
         try:
-            cells = pd.read_csv(path, engine="pyarrow")  # every bit of a float, in all versions
-        except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
-            raise CellsError(f"{path}: cannot be read ({error})") from error
-        cells = cells.assign(**{name: EARLIER[name] for name in EARLIER if name not in cells})
-        if missing := [name for name in columns if name not in cells]:
-            raise CellsError(f"{path}: has no column {missing[0]}")
-        whole = path.read_bytes().endswith(b"\n")
-        if len(cells) == 0 or cells[columns].isna().any(axis=None) or not whole:
-            raise CellsError(f"{path}: is cut short, figures are missing")
+            trials = read_csv(path)[COLUMNS].fillna({"commit": ""})
+            trials = trials.astype(dict.fromkeys(FIGURES[1:], float))
+        except (OSError, ValueError, KeyError) as error:  # pandas' own errors are ValueErrors
+            raise TrialsError(f"{path}: cannot be read as raw figures ({error})") from error
+        if trials.empty or trials.isna().any(axis=None):
+            raise TrialsError(f"{path}: is cut short, figures are missing")
         for name, value in shared.items():
-            if (other := cells[name][cells[name] != value]).size:
-                raise CellsError(f"{path}: {name} is {other.iloc[0]}, and {value} is asked for")
-        for key, rows in cells.groupby(CELL):
-            if sorted(set(zip(rows.stopping, rows.flood_level))) != grid:
-                raise CellsError(f"{path}: is cut short or has other flood levels: {_name(key)}")
-        files.append(cells.reindex(columns=[*columns, *ORIGIN]))
-    if not files:
-        return pd.DataFrame(columns=[*columns, *ORIGIN])
-    cells, where = add_cells(*files).drop_duplicates(columns), " ".join(map(str, paths))
-    for key, rows in cells.groupby(CELL):
-        if len(rows) > len(grid):
-            raise CellsError(f"{where}: a cell is there twice, with other figures: {_name(key)}")
-    return cells
+            if (other := trials[name][trials[name] != value]).size:
+                raise TrialsError(f"{path}: {name} is {other.iloc[0]}, and {value} is asked for")
+        files.append(trials)
+    trials = add_trials(*files).drop_duplicates([name for name in COLUMNS if name not in ORIGIN])
+    wanted = sorted((epoch, *model) for epoch in SCORED_EPOCHS for model in models)
+    for values, rows in trials.groupby(TRIAL):
+        if sorted(rows[MODEL].itertuples(index=False, name=None)) != wanted:
+            trial = ", ".join(f"{name} {value}" for name, value in zip(TRIAL, values))
+            reason = "is cut short, has other flood levels or starts, or is twice there, different"
+            raise TrialsError(f"{' '.join(map(str, paths))}: {reason}: {trial}")
+    return trials
 
 
-def _name(key: Sequence[object]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in zip(CELL, key))
+def add_trials(*trials: pd.DataFrame) -> pd.DataFrame:
+    """Put raw figures together, in the order of seed, data set, spiral noise and label noise."""
+    order = ["seed", "dataset", "spiral_noise", "label_noise", *DATA[3:]]
+    together = pd.concat([some[COLUMNS] for some in trials if len(some)] or trials[:1])
+    return together.sort_values(order, kind="stable", ignore_index=True)
 
 
-def add_cells(*cells: pd.DataFrame) -> pd.DataFrame:
-    """Put raw figures together, in the order of seed and CELL, with the first ones' columns."""
-    together = pd.concat([some for some in cells if len(some)])
-    together = together.sort_values(["seed", *CELL], kind="stable", ignore_index=True)
-    return together[cells[0].columns]
-
-
-def select_cells(cells: pd.DataFrame, wanted: Sequence[Cell]) -> pd.DataFrame:
-    """Return the rows of those cells that are wanted."""
-    found = pd.MultiIndex.from_frame(cells[CELL]).isin([astuple(cell) for cell in wanted])
-    return cells[found].reset_index(drop=True)
-
-
-def csv(frame: pd.DataFrame) -> bytes:
+def csv_bytes(frame: pd.DataFrame) -> bytes:
     """Return what is to be written of a table as CSV."""
     return frame.to_csv(index=False).encode()
 

@@ -1,9 +1,11 @@
-"""Reproduce the paper's synthetic table, without (A) and with (B) early stopping.
+"""Reproduce the paper's synthetic table, at the last epoch (A) and with early stopping (B).
 
 Two Gaussians, sinusoid and spiral at three strengths of label noise, flood levels 0 to 0.50,
-ten trials: 4 590 trainings. A cell, one trial of one setting with all its flood levels, is
-trained once: `table_synth_cells.csv` has every finished one, so a stopped table goes on where it
-was. With `--ray` cells are trained side by side, on one machine or several.
+ten trials: 4 590 trainings. A trial is trained once, with all its flood levels:
+`table_synth_trials.csv` has every finished one, so a stopped table goes on where it was. With
+`--search starts` as many networks are trained without flooding, from weights of their own, and
+`table_synth_starts.csv` has them: what the choice among trainings gains alone. With `--ray` trials
+are trained side by side, on one machine or several.
 """
 
 from __future__ import annotations
@@ -12,89 +14,125 @@ import importlib.util
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
-
-import tyro
+from typing import Annotated, Literal
 
 import settings
-from datasets import Cell, DatasetName, DataSettings
-from settings import Count, ModelSettings, SettingError, TrainSettings, ending_on, flag
+from datasets import Data, DatasetName, SplitSize
+from settings import Model, SettingError, Training, check, ending_on, flag, flat, going_on
 
-CELLS_FILE = "table_synth_cells.csv"
-CORES_A_CELL = 4  # with Ray, at most: what more cores add to a training of this size is little
+FILES = {"levels": "table_synth_trials.csv", "starts": "table_synth_starts.csv"}  # by search
+CORES_A_TRIAL = 4  # with Ray, at most: what more cores add to a training of this size is little
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One draw of data and weights: its seed is that of data, initial weights and mini-batches."""
+
+    data: Data
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.data}, seed {self.seed}"
+
+    def key(self) -> tuple:
+        """Return what tells it apart: the values of results.TRIAL."""
+        return tuple(flat(self).values())
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableSettings(settings.RunSettings, TrainSettings, ModelSettings, DataSettings):
-    """All of a table. The defaults are the paper's, section 4.1; no batch norm is assumed."""
+class Table:
+    """All of a table: the paper's section 4.1, with network and sizes of the released code."""
 
     dataset: tuple[DatasetName, ...] = ("gaussian", "sinusoid2d", "spiral")
     """data sets"""
     label_noise: Annotated[tuple[float, ...], flag("FRACTION [FRACTION ...]")] = (0.01, 0.05, 0.1)
     """fractions of each split's labels that are flipped, in [0, 1)"""
-    hidden_layers: Count = 5
-    batch_norm: bool = False
-    optimizer: settings.OptimizerName = "adam"
-    batch_size: Count = 100
-    epochs: Count = 500
+    spiral_noise: Annotated[tuple[float, ...], flag("TAU [TAU ...]")] = (0.0,)
+    """standard deviations of the points around the arms of the spiral (the paper's tau)"""
+    train_samples: SplitSize = None
+    """training examples in all"""
+    val_samples: SplitSize = None
+    """validation examples in all"""
+    test_samples: SplitSize = None
+    """test examples in all"""
+    model: Model = Model()
+    training: Training = Training(optimizer="adam", batch_size=200, epochs=500)
     trials: Annotated[int | None, flag("N", "(default: 10, with --quick 2)")] = None
     """trials of a setting; trial t draws data and weights from seed + t"""
     flood_max: Annotated[float, flag("B")] = 0.5
     """highest flood level, in nats; where the steps do not meet it, the last one below"""
     flood_step: Annotated[float | None, flag("B", "(default: 0.01, with --quick 0.1)")] = None
     """step of the flood levels, which start at 0"""
-    quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    quick: settings.Switch = False
     """show the shape of the result sooner: fewer trials and flood levels"""
-    cells: Annotated[tuple[Path, ...], flag("FILE [FILE ...]", "(default: none)")] = ()
-    """raw figures (table_synth_cells.csv) of cells that are trained already, to be added"""
+    search: Literal["levels", "starts"] = "levels"
+    """train a network at each flood level, or as many without flooding, each from other weights"""
+    trials_from: Annotated[tuple[Path, ...], flag("FILE [FILE ...]", "(default: none)")] = ()
+    """raw figures of trials that are trained already, to be added to those of the folder"""
     ray: Annotated[str | None, flag("local|ADDRESS", "(default: one after the other)")] = None
-    """train cells side by side, with Ray on this machine or on the cluster at this address"""
+    """train trials side by side, with Ray on this machine or on the cluster at this address"""
+    seed: settings.Seed = 0
+    device: settings.DeviceName = "auto"
+    output_dir: settings.OutputDir = Path(".")
 
     def __post_init__(self) -> None:
-        for part in (ModelSettings, TrainSettings):
-            part.__post_init__(self)
-        trials, step = (2, 0.1) if self.quick else (10, 0.01)
-        settings.fill(self, trials=trials, flood_step=step)
         settings.check_counts(self, "trials")
-        for name in ("dataset", "label_noise"):
-            settings.check(len(getattr(self, name)) > 0, name, "", "at least one")
+        settings.check_seed(self.seed)
+        for name in ("dataset", "label_noise", "spiral_noise"):
+            check(len(getattr(self, name)) > 0, name, "", "at least one")
         highest, step = self.flood_max, self.flood_step
-        settings.check(0 < highest < 100, "flood_max", highest, "a number of nats in (0, 100)")
-        settings.check(0.0001 <= step <= highest, "flood_step", step, "from 0.0001 to --flood-max")
+        check(0 < highest < 100, "flood_max", highest, "a number of nats in (0, 100)")
+        fits = step is None or 0.0001 <= step <= highest
+        check(fits, "flood_step", step, "from 0.0001 to --flood-max")
         there = self.ray is None or importlib.util.find_spec("ray")
-        settings.check(there, "ray", self.ray, "only with Ray: pip install ray")
-        for cell in self.grid():
-            self.check_batches(cell.train_samples, self.batch_norm)
-        settings.RunSettings.__post_init__(self)  # last: it makes the folder
+        check(there, "ray", self.ray, "only with Ray: pip install ray")
+        for data in self.list_settings():
+            self.training.check_batches(data.train_samples, self.model.batch_norm)
 
-    def flood_levels(self) -> list[float]:
-        """Return the levels 0, step, 2 step, ... that are not above the highest."""
+    def filled(self) -> Table:
+        """Return a copy that has the defaults of trials, step and training."""
+        trials, step = (2, 0.1) if self.quick else (10, 0.01)
+        training = self.training.filled()
+        return settings.fill(replace(self, training=training), trials=trials, flood_step=step)
+
+    def list_settings(self) -> list[Data]:
+        """Return the data of each setting; network and training are the same in all."""
+        return [
+            Data(
+                dataset=dataset, label_noise=label_noise, spiral_noise=spiral_noise,
+                train_samples=self.train_samples, val_samples=self.val_samples,
+                test_samples=self.test_samples,
+            ).filled()
+            for dataset in dict.fromkeys(self.dataset)
+            for spiral_noise in (sorted(set(self.spiral_noise)) if dataset == "spiral" else [0.0])
+            for label_noise in sorted(set(self.label_noise))
+        ]  # fmt: skip
+
+    def list_trials(self) -> list[Trial]:
+        """Return the trials, the seeds outermost: a table that is stopped has all settings."""
+        seeds = range(self.seed, self.seed + self.trials)
+        return [Trial(data, seed) for seed in seeds for data in self.list_settings()]
+
+    def list_models(self, search: str) -> list[tuple[int, float]]:
+        """Return (start, flood level) of a trial's models: 0, step, ..., or as many starts at 0."""
         steps = int(self.flood_max / self.flood_step + 1e-9)  # 0.5 / 0.1 may be a bit below 5
-        return [round(level * self.flood_step, 10) for level in range(steps + 1)]
+        if search == "starts":
+            return [(start, 0.0) for start in range(steps + 1)]
+        return [(0, round(level * self.flood_step, 10)) for level in range(steps + 1)]
 
     def shared(self) -> dict[str, object]:
-        """Return what all cells of the table are trained with, by its names."""
-        names = [field.name for part in (ModelSettings, TrainSettings) for field in fields(part)]
-        shared = {name: getattr(self, name) for name in names}
-        return {**shared, "version": settings.FIGURES_VERSION}
-
-    def grid(self) -> list[Cell]:
-        """Return the cells, trials outermost: a table that is stopped has all settings."""
-        data = {field.name: getattr(self, field.name) for field in fields(DataSettings)}
-        return [
-            Cell(**{**data, "dataset": dataset, "label_noise": noise, "seed": seed})
-            for seed in range(self.seed, self.seed + self.trials)
-            for dataset in dict.fromkeys(self.dataset)
-            for noise in sorted(set(self.label_noise))
-        ]
+        """Return what all trials of the table are trained with, by its names."""
+        return {**flat(self.model), **flat(self.training), "version": settings.FIGURES_VERSION}
 
 
 if __name__ == "__main__":  # before the heavy imports: --help and Ctrl-C are answered at once
+    settings.mend_streams()
     settings.exit_on_signals()
-    TABLE = settings.parse_flags(TableSettings, __doc__)
+    TABLE = settings.parse_flags(Table, __doc__)
 
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
@@ -104,18 +142,19 @@ import plot
 import results
 from datasets import make_dataset
 from models import MLP
+from results import TRIAL, TrialsError, csv_bytes
 from tracking import TableLog, TrackingError
-from train import DivergenceError, count_epochs, prepare_process, train_with_early_stopping, where
+from train import DivergenceError, count_epochs, prepare_process, provenance, score_last_and_best
 
-TrainedCell = tuple[Cell, pd.DataFrame, tuple[float, float]]  # its rows; from when to when
+TrainedTrial = tuple[Trial, pd.DataFrame, tuple[float, float]]  # its rows; from when to when
 
 
-def main(table: TableSettings) -> None:
+def main(table: Table) -> None:
     settings.exit_on_signals()
-    began, directory = time.time(), table.output_dir
-    levels, shared, grid = table.flood_levels(), table.shared(), table.grid()
-    lock = FileLock(directory / "table_synth.lock", blocking=False)  # until the process ends
-    with ending_on(SettingError, results.CellsError, TrackingError, status=2):
+    lock = FileLock(table.output_dir / "table_synth.lock", blocking=False)  # until the process ends
+    failures, flood_range = [], {"flood_max": table.flood_max, "flood_step": table.flood_step}
+    with ending_on(SettingError, TrialsError, TrackingError, status=2):
+        settings.check_output_dir(table.output_dir)
         if table.ray:
             start_ray(table.ray)
         else:
@@ -123,52 +162,85 @@ def main(table: TableSettings) -> None:
         try:
             lock.acquire()
         except Timeout as error:
-            raise SettingError("output_dir", directory, "another table is made there") from error
-        state = directory.glob(CELLS_FILE)  # if it is there
-        cells = results.read_cells([*state, *table.cells], shared, levels)
-        log = TableLog(shared, levels)
-    trained = set(cells[results.CELL].itertuples(index=False, name=None))
-    missing = [cell for cell in grid if astuple(cell) not in trained]
-    known = len(grid) - len(missing)
-    print(f"{len(grid)} cells of {len(levels)} flood levels, {known} trained before", flush=True)
+            folder = table.output_dir
+            raise SettingError("output_dir", folder, "another table is made there") from error
+        trained = {search: read_trained(table, search) for search in FILES}
+        log = TableLog({**table.shared(), "search": table.search, **flood_range})
+    with log:
+        trained[table.search] = train_missing(table, trained[table.search], log, failures)
+        finish(table, trained, log, failures)
+    with going_on(failures, OSError):
+        print(log.how_to_look(), flush=True)
+    settings.end_with(failures)
+
+
+def read_trained(table: Table, search: str) -> pd.DataFrame:
+    """Return the raw figures of a search that the folder has, and those of `--trials-from`."""
+    paths = list(table.output_dir.glob(FILES[search]))  # if it is there
+    paths += table.trials_from if search == table.search else ()
+    return results.read_trials(paths, table.shared(), table.list_models(search))
+
+
+def train_missing(
+    table: Table, trained: pd.DataFrame, log: TableLog, failures: list[Exception]
+) -> pd.DataFrame:
+    """Train the trials that are not trained yet, and write each when it is; return all figures."""
+    wanted = table.list_trials()
+    known = set(trained[TRIAL].itertuples(index=False, name=None))
+    missing = [trial for trial in wanted if trial.key() not in known]
+    models = f"{len(table.list_models(table.search))} {table.search}"
+    before = f"{len(wanted) - len(missing)} trained before"
+    print(f"{len(wanted)} trials of {models}, {before}", flush=True)
     with (
         ending_on(SettingError, status=2),
-        ending_on(DivergenceError),
-        settings.progress_bar(len(missing), "cell", digits=1) as bar,
+        ending_on(DivergenceError, OSError),
+        settings.progress_bar(len(missing), "trial", digits=1) as bar,
     ):
-        for cell, rows, times in train_cells(table, missing, bar):
-            cells = results.add_cells(cells, rows.assign(commit=log.commit))
-            results.write_files({CELLS_FILE: results.csv(cells)}, directory)
-            log.cell(cell, rows, times)
-
-    asked = results.select_cells(cells, grid)
-    compared = results.compare(asked)
-    text = results.markdown(compared)
-    print(f"\n{text}")
-    files = plot.png_files({"table_synth.png": plot.draw_table(asked, compared)})
-    files |= {"table_synth.md": text.encode(), "table_synth.csv": results.csv(compared)}
-    files[CELLS_FILE] = results.csv(cells)
-    print("Saved:", *results.write_files(files, directory), flush=True)
-    log.table(f"table of {len(grid)} cells", files, began)
-    print(log.how_to_look(means=True))
-    with ending_on(TrackingError):
-        log.finish()
+        for trial, rows, times in train_trials(table, missing, bar):
+            trained = results.add_trials(trained, rows.assign(commit=log.commit))
+            results.write_files({FILES[table.search]: csv_bytes(trained)}, table.output_dir)
+            with going_on(failures, TrackingError):
+                metrics = results.summarize_trial(rows)
+                log.trial(str(trial), flat(trial), trial.data, trial.seed, metrics, times)
+    return trained
 
 
-def train_cells(table: TableSettings, cells: Sequence[Cell], bar: tqdm) -> Iterator[TrainedCell]:
-    """Train cells one after the other in this process, or side by side with Ray, in any order."""
+def finish(
+    table: Table, trained: dict[str, pd.DataFrame], log: TableLog, failures: list[Exception]
+) -> None:
+    """Print, save, draw and log the table, with the fair search if the folder has its starts."""
+    wanted = [trial.key() for trial in table.list_trials()]
+    asked = {name: rows[rows.set_index(TRIAL).index.isin(wanted)] for name, rows in trained.items()}
+    files = {FILES[table.search]: csv_bytes(trained[table.search])}
+    text = f"No table without the trials of the flood levels ({FILES['levels']})"
+    if len(asked["levels"]):
+        compared = results.compare(asked["levels"], asked["starts"])
+        text = results.markdown(compared)
+        files |= {"table_synth.md": text.encode(), "table_synth.csv": csv_bytes(compared)}
+        with going_on(failures, Exception):
+            files |= plot.png_files({"table_synth.png": plot.draw_table(asked["levels"], compared)})
+    with going_on(failures, OSError):
+        print(f"\n{text}", flush=True)
+    with going_on(failures, OSError):
+        print("Saved:", *results.write_files(files, table.output_dir), flush=True)
+    with going_on(failures, TrackingError):
+        log.finish(text, files)
+
+
+def train_trials(table: Table, trials: Sequence[Trial], bar: tqdm) -> Iterator[TrainedTrial]:
+    """Train trials one after the other in this process, or side by side with Ray, in any order."""
     if not table.ray:
-        for cell in cells:
-            bar.set_postfix_str(str(cell), refresh=False)
-            yield train_cell(table, cell, bar.update)
+        for trial in trials:
+            bar.set_postfix_str(str(trial), refresh=False)
+            yield train_trial(table, trial, bar.update)
         return
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(table.device != "cpu" and any("GPU" in node for node in nodes))
-    cores = min([CORES_A_CELL, *(node["CPU"] for node in nodes if "CPU" in node)])
-    remote = ray.remote(train_cell).options(num_cpus=cores, num_gpus=gpus, max_retries=-1)
-    waiting = [remote.remote(table, cell) for cell in cells]
+    cores = min([CORES_A_TRIAL, *(node["CPU"] for node in nodes if "CPU" in node)])
+    remote = ray.remote(train_trial).options(num_cpus=cores, num_gpus=gpus, max_retries=-1)
+    waiting = [remote.remote(table, trial) for trial in trials]
     while waiting:
         [done], waiting = ray.wait(waiting)
         try:
@@ -178,21 +250,34 @@ def train_cells(table: TableSettings, cells: Sequence[Cell], bar: tqdm) -> Itera
         bar.update()
 
 
-def train_cell(
-    table: TableSettings, cell: Cell, on_progress: Callable[[float], object] = lambda share: None
-) -> TrainedCell:
-    """Train a cell in this process, one of Ray's or the only one."""
-    started, levels = time.time(), table.flood_levels()
+def train_trial(
+    table: Table, trial: Trial, on_progress: Callable[[float], object] = lambda share: None
+) -> TrainedTrial:
+    """Train a trial in this process, one of Ray's or the only one."""
+    started = time.time()
     device = prepare_process(table.device)
-    data = make_dataset(cell, cell.seed)
-    generator = torch.Generator().manual_seed(cell.seed)
-    network = MLP(data.train.inputs.shape[1], table, generator)
-    share = 1 / count_epochs(levels, table.epochs, device)
-    rows = train_with_early_stopping(
-        network, data, levels, table, device, generator, lambda: on_progress(share)
-    )
-    rows = rows.assign(**asdict(cell), **table.shared(), **where(device))
-    return cell, rows, (started, time.time())
+    data = make_dataset(trial.data, trial.seed)
+    starts, levels = zip(*table.list_models(table.search))
+    generators = [start_generator(trial.seed, start) for start in dict.fromkeys(starts)]
+    network = MLP(data.train.inputs.shape[1], table.model, generators)
+    share = 1 / count_epochs(levels, table.training.epochs, device)
+    rows = score_last_and_best(
+        network, data, levels, table.training, device, generators[0], starts,
+        lambda: on_progress(share),
+    )  # fmt: skip
+    rows = rows.assign(**flat(trial), **table.shared(), **provenance(device))
+    return trial, rows, (started, time.time())
+
+
+def start_generator(seed: int, start: int) -> torch.Generator:
+    """Return the generator of a start's initial weights.
+
+    Start 0 is the trial's own: seeded with the trial's seed, it draws the mini-batches, too. Start
+    k > 0 is seeded with the 64 bits that NumPy's SeedSequence makes of (seed, k).
+    """
+    if start > 0:
+        seed = int(np.random.SeedSequence((seed, start)).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(seed)
 
 
 def start_ray(address: str) -> None:

@@ -1,8 +1,10 @@
-"""What an experiment is made from, and the command lines made from it.
+"""What an experiment is made of, the command lines made from it, and how a script ends.
 
-A setting is said once, here, with the data sets or, if one script alone has it, at the top of that
-script: its name is the flag, the string under it the flag's help (tyro reads both). A dataclass
-checks itself when it is made, and raises SettingError, without any heavy import.
+A setting is said once: here, in `datasets.Data`, or, if one script alone has it, at the top of that
+script. Its name is the flag, the string under it the flag's help (tyro reads both). A script's
+settings *have* these parts; each part checks itself when it is made and raises SettingError,
+without any heavy import. A setting whose default hangs on others is None until `filled()` makes a
+copy that has it.
 """
 
 from __future__ import annotations
@@ -10,30 +12,31 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, TypeVar
 
 import tyro
 from tqdm import tqdm
 
-# Raised by hand whenever a change to data, network or training changes the figures: cells of the
-# table that an older version trained are then refused.
-FIGURES_VERSION = 1
+# Raised by hand whenever a change to data, network or training changes the figures: raw figures of
+# the table that an older version trained are then refused.
+FIGURES_VERSION = 2
 
 SPLITS = ("train", "val", "test")
-# What a network is scored by, against the noisy and the clean labels of a split, and when.
+# What a network is scored by, against the noisy and the clean labels of a split.
 SCORES = ("loss_noisy", "accuracy_noisy", "loss_clean", "accuracy_clean")
-STOPPINGS = ("last epoch", "early")  # the epoch of best noisy validation accuracy
+SCORED_EPOCHS = ("last", "best")  # best: the first of highest noisy validation accuracy
 
 DEFAULT_LEARNING_RATES = {"sgd": 0.01, "adam": 0.001}  # [released code]
 DEFAULT_SGD_MOMENTUM = 0.9  # [released code]
 
-Flags = TypeVar("Flags")
+Settings = TypeVar("Settings")
 
 
 class SettingError(Exception):
@@ -49,44 +52,84 @@ def check(fits: bool, name: str, value: object, allowed: str) -> None:
         raise SettingError(name, value, allowed)
 
 
+def check_counts(settings: object, *names: str) -> None:
+    """Raise SettingError unless the settings of these names are at least 1, or to be filled in."""
+    for name in names:
+        count = getattr(settings, name)
+        check(count is None or count >= 1, name, count, "at least 1")
+
+
 def check_flood_levels(levels: Iterable[float]) -> None:
     """Raise SettingError unless the flood levels are finite numbers of nats >= 0."""
     for level in levels:
         check(0 <= level < math.inf, "flood_levels", level, "finite numbers of nats >= 0")
 
 
-def check_counts(settings: object, *names: str) -> None:
-    """Raise SettingError unless the settings of these names are at least 1."""
-    for name in names:
-        check(getattr(settings, name) >= 1, name, getattr(settings, name), "at least 1")
+def check_seed(seed: int) -> None:
+    """Raise SettingError unless every generator takes the seed."""
+    check(0 <= seed < 2**32, "seed", seed, "from 0 to 4294967295")
 
 
-def fill(settings: object, **defaults: object) -> None:
-    """Set the settings that are None to defaults that depend on others."""
-    for name, default in defaults.items():
-        if getattr(settings, name) is None:
-            object.__setattr__(settings, name, default)
+def check_output_dir(folder: Path) -> None:
+    """Make the folder if it is not there; SettingError unless files can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        allowed = f"a folder that can be written to ({error.strerror})"
+        raise SettingError("output_dir", folder, allowed) from error
 
 
-def flag(metavar: str, default: str | None = None) -> object:
-    """How `--help` shows a flag: the name of its value, and what is said of its default."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=default)
+def fill(settings: Settings, **defaults: object) -> Settings:
+    """Return a copy in which settings that are None have these defaults."""
+    missing = [name for name in defaults if getattr(settings, name) is None]
+    return replace(settings, **{name: defaults[name] for name in missing})
 
 
-OptimizerName = Literal["sgd", "adam"]
+def flat(settings: object) -> dict[str, object]:
+    """Return settings by their names, those of their parts among them, as JSON keeps them.
+
+    Numbers and strings keep their types; a tuple becomes a list, a path a string.
+    """
+    values = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if is_dataclass(value):
+            values |= flat(value)
+        elif isinstance(value, tuple):
+            values[field.name] = [str(one) if isinstance(one, Path) else one for one in value]
+        else:
+            values[field.name] = str(value) if isinstance(value, Path) else value
+    return values
+
+
+def flag(metavar: str | None = None, default: str | None = None, help: str | None = None) -> object:
+    """How `--help` shows a flag: the name of its value, what is said of its default, its text."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=default, help=help)
+
+
 Count = Annotated[int, flag("N")]
-LearningRate = Annotated[float | None, flag("RATE", "(default: 0.01 for sgd, 0.001 for adam)")]
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # no --no-... beside it
+# Settings of more than one script, with their help.
+Seed = Annotated[int, flag("N", help="seed of every random draw, from 0 to 4294967295")]
+DeviceName = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    flag(help="device to train on; auto is a GPU where there is one"),
+]
+OutputDir = Annotated[
+    Path, flag("DIR", help="folder for the files that the script saves, made if it is not there")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings:
-    """The shape of the network."""
+class Model:
+    """The shape of the network; the defaults are the released one's."""
 
-    hidden_layers: Count
+    hidden_layers: Count = 4
     """hidden layers"""
     hidden_units: Count = 500
     """units of a hidden layer"""
-    batch_norm: bool
+    batch_norm: bool = True
     """batch normalisation after each hidden linear layer, which then has no bias"""
 
     def __post_init__(self) -> None:
@@ -94,12 +137,14 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
+class Training:
     """How to train. Adam has PyTorch's defaults for all that is not said here."""
 
-    optimizer: OptimizerName
+    optimizer: Literal["sgd", "adam"]
     """optimizer"""
-    learning_rate: LearningRate = None
+    learning_rate: Annotated[
+        float | None, flag("RATE", "(default: 0.01 for sgd, 0.001 for adam)")
+    ] = None
     """learning rate"""
     batch_size: Count
     """examples of a mini-batch; the last one of an epoch has what is left"""
@@ -113,18 +158,22 @@ class TrainSettings:
     """flood the mean loss of a batch, as the paper does, or each example's (iFlood, ICLR 2022)"""
 
     def __post_init__(self) -> None:
-        rates, sgd = DEFAULT_LEARNING_RATES, self.optimizer == "sgd"
-        check(self.optimizer in rates, "optimizer", repr(self.optimizer), "sgd or adam")
-        momentum = DEFAULT_SGD_MOMENTUM if sgd else 0.0
-        fill(self, learning_rate=rates[self.optimizer], momentum=momentum)
-        rate, momentum, decay = self.learning_rate, self.momentum, self.weight_decay
-        check(0 < rate < math.inf, "learning_rate", rate, "a finite number > 0")
-        check(0 <= momentum < 1, "momentum", momentum, "a number in [0, 1)")
-        check(sgd or momentum == 0, "momentum", momentum, "only with sgd")
+        optimizer, rate, momentum = self.optimizer, self.learning_rate, self.momentum
+        decay, flood_on = self.weight_decay, self.flood_on
+        check(optimizer in DEFAULT_LEARNING_RATES, "optimizer", repr(optimizer), "sgd or adam")
+        if rate is not None:
+            check(0 < rate < math.inf, "learning_rate", rate, "a finite number > 0")
+        if momentum is not None:
+            check(0 <= momentum < 1, "momentum", momentum, "a number in [0, 1)")
+            check(optimizer == "sgd" or momentum == 0, "momentum", momentum, "only with sgd")
         check(0 <= decay < math.inf, "weight_decay", decay, "a finite number >= 0")
-        flood_on = self.flood_on
         check(flood_on in ("batch", "example"), "flood_on", repr(flood_on), "batch or example")
         check_counts(self, "batch_size", "epochs")
+
+    def filled(self) -> Training:
+        """Return a copy that has the defaults of learning rate and momentum for its optimizer."""
+        momentum = DEFAULT_SGD_MOMENTUM if self.optimizer == "sgd" else 0.0
+        return fill(self, learning_rate=DEFAULT_LEARNING_RATES[self.optimizer], momentum=momentum)
 
     def check_batches(self, train_samples: int, batch_norm: bool) -> None:
         """Raise SettingError if batch norm would see a mini-batch of one example."""
@@ -133,44 +182,19 @@ class TrainSettings:
         check(not alone, "batch_size", self.batch_size, f"{allowed}{train_samples} one is alone")
 
 
-@dataclass(frozen=True, kw_only=True)
-class OutputSettings:
-    """Where files go."""
+def parse_flags(settings: type[Settings], description: str | None) -> Settings:
+    """Make a script's settings, filled, from the command line; a wrong one ends the script.
 
-    output_dir: Annotated[Path, flag("DIR")] = Path(".")
-    """folder for the files that the script saves, made if it is not there"""
-
-    def __post_init__(self) -> None:
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.output_dir).close()
-        except OSError as error:
-            allowed = f"a folder that can be written to ({error.strerror})"
-            raise SettingError("output_dir", self.output_dir, allowed) from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings(OutputSettings):
-    """Where an experiment starts, and on what it runs."""
-
-    seed: Count = 0
-    """seed of every random draw, from 0 to 4294967295"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """device to train on; auto is a GPU where there is one"""
-
-    def __post_init__(self) -> None:
-        check(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
-        super().__post_init__()
-
-
-def parse_flags(settings: type[Flags], description: str) -> Flags:
-    """Make a settings dataclass from the command line; what is wrong with it ends the script.
-
-    `description` is a script's docstring, of which `--help` shows the first paragraph.
+    `description` is the script's docstring, of which `--help` shows the first paragraph; under
+    `python -OO` there is none. The flags of the settings' parts stand beside the script's own.
     """
-    first = " ".join(description.split("\n\n")[0].split())
+    first = " ".join((description or "").split("\n\n")[0].split())
+    if shutil.get_terminal_size().columns < 40:
+        os.environ["COLUMNS"] = "40"  # in less tyro may never end
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff)
     with ending_on(SettingError, status=2):
-        return tyro.cli(settings, description=first, config=(tyro.conf.HelptextFromCommentsOff,))
+        made = tyro.cli(settings, description=first, config=config)
+        return made.filled() if hasattr(made, "filled") else made
 
 
 @contextlib.contextmanager
@@ -187,26 +211,50 @@ def ending_on(*errors: type[Exception], status: int = 1) -> Iterator[None]:
         sys.exit(status)
 
 
+@contextlib.contextmanager
+def going_on(failures: list[Exception], *errors: type[Exception]) -> Iterator[None]:
+    """Note one of the errors where it is raised, and go on: it costs only what raised it."""
+    try:
+        yield
+    except errors as error:
+        failures.append(error)
+
+
+def end_with(failures: Sequence[Exception]) -> None:
+    """End the script with the first of the failures that were noted, if there is one."""
+    with ending_on(Exception):
+        for failure in failures[:1]:
+            raise failure
+
+
 def exit_on_signals() -> None:
     """End by SystemExit, and no traceback, on Ctrl-C and on SIGTERM; 128 + the signal's number."""
 
     def leave(number: int, frame: object) -> NoReturn:
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
         print(f"\nstopped by {signal.Signals(number).name}", file=sys.stderr)
-        sys.unraisablehook = lambda _: None  # a library that was in the middle of something
         sys.exit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
 
 
+def mend_streams() -> None:
+    """Let no output stop a script: its streams may be closed, or know no character but ASCII."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # a library's file would take its number
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")
+
+
 def progress_bar(total: int, unit: str, digits: int = 0) -> tqdm:
     """Return a bar that counts `unit`s, with the time left; in a log file one every 30 seconds."""
     seconds, columns = 30, 0
-    if sys.stderr.isatty():  # which may not say its width
+    if sys.stderr.isatty():  # which may not say its size
         seconds, columns = 0.1, os.get_terminal_size(sys.stderr.fileno()).columns
     counted = f"{{n:.{digits}f}} of {{total}} {unit}s [{{elapsed}}<{{remaining}}{{postfix}}]"
     return tqdm(
         total=total, leave=False, miniters=0, mininterval=seconds, maxinterval=seconds,
-        delay=seconds - 0.1, ncols=columns or 80, bar_format="{percentage:3.0f}%|{bar}| " + counted,
+        delay=seconds - 0.1, ncols=columns or 80, nrows=20,
+        bar_format="{percentage:3.0f}%|{bar}| " + counted,
     )  # fmt: skip

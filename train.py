@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from datasets import Dataset, Split
 from flooding import flood
-from models import MLP, StackedMLP, folded_logits, with_constant
-from settings import SCORES, SPLITS, STOPPINGS, TrainSettings, check, check_flood_levels
+from models import MLP
+from settings import SCORED_EPOCHS, SCORES, SPLITS, Training, check, check_flood_levels
 
 # What benchmarks/bench_train.py found fastest on CPUs; the values for GPUs are not measured. Rows
 # are examples times models: the activations should stay in a CPU's cache, and be many on a GPU.
-EVALUATION_ROWS = {"cpu": 2_000, "cuda": 200_000}
+EVALUATION_ROWS = {"cpu": 5_000, "cuda": 200_000}
 MODELS_AT_ONCE = {"cpu": 26, "cuda": 204}
 
 METRICS = [f"{split}_{score}" for split in SPLITS for score in SCORES]
@@ -36,21 +36,17 @@ class DivergenceError(ArithmeticError):
 class Evaluation:
     """The models of one group after one epoch.
 
-    `metrics` has a row a model: its `flood_level`, the `epoch`, and those of the METRICS whose
-    split was asked for. Losses are means in nats, accuracies are fractions. `train_batch_loss` is
-    the epoch's mean of the mini-batches' losses in training mode, which are what is flooded; epoch
-    0 has none. `train_flooded_fraction_so_far` is the share of all mini-batches until now, or
-    examples with `flood_on` "example", with a loss below the level. `folded` are the networks.
+    `metrics` has a row a model: its `start`, `flood_level`, the `epoch`, and those of the METRICS
+    whose split was asked for. Losses are means in nats, accuracies are fractions.
+    `train_batch_loss` is the epoch's mean of the mini-batches' losses in training mode, which are
+    what is flooded; epoch 0 has none. `train_flooded_fraction_so_far` is the share of all
+    mini-batches until now, or examples with `flood_on` "example", with a loss below the level.
+    `network` is the live one, whose copies are the models: it is trained on in the next epoch.
     """
 
     epoch: int
     metrics: pd.DataFrame
-    folded: list[Tensor]
-
-    def networks(self) -> dict[float, list[Tensor]]:
-        """Return each flood level's network, folded, as a stack of one."""
-        of_models = zip(*(matrix.split(1) for matrix in self.folded))
-        return dict(zip(self.metrics.flood_level, of_models))
+    network: MLP
 
 
 def prepare_process(device: str) -> torch.device:
@@ -72,53 +68,42 @@ def prepare_process(device: str) -> torch.device:
     return torch.device("cpu" if device == "cpu" or not on_gpu else "cuda")
 
 
-def where(device: torch.device) -> dict[str, str]:
+def provenance(device: torch.device) -> dict[str, str]:
     """Return what figures were computed with and on."""
     name = f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"
     return {"torch": torch.__version__, "device": name}
 
 
 def train(
-    network: MLP, data: Dataset, flood_levels: Sequence[float], settings: TrainSettings,
-    device: torch.device, generator: torch.Generator, splits: Sequence[str] = SPLITS,
-    eval_every: int = 1, on_epoch: Callable[[], object] = lambda: None,
-) -> Iterator[Evaluation]:  # fmt: skip
-    """Train a copy of `network` for each flood level; yield an `Evaluation` of every epoch.
+    network: MLP, data: Dataset, flood_levels: Sequence[float], training: Training,
+    device: torch.device, generator: torch.Generator, starts: Sequence[int] | None = None,
+    splits: Sequence[str] = SPLITS, eval_every: int = 1,
+    on_epoch: Callable[[], object] = lambda: None,
+) -> Iterator[Iterator[Evaluation]]:  # fmt: skip
+    """Train a model for each flood level; yield, for each group of models, its epochs.
 
-    All models share the data, the initial weights and the order of the mini-batches, which
-    `generator` (on the CPU) draws. The `splits` are scored in evaluation mode against noisy and
-    clean labels, also before the first epoch (epoch 0). [released code] With `eval_every` > 1
-    epochs between are left out, the last one never. As many models train together as the device
-    likes, one group after the other. `on_epoch()` is called after every epoch of every group,
-    `count_epochs` times.
+    Model i starts as copy `starts[i]` of `network`, which is left as it is; by default all start
+    as copy 0. They share the data and the order of the mini-batches, which `generator` (on the
+    CPU) draws. As many train together as the device likes, one group after the other. The `splits`
+    are scored in evaluation mode against noisy and clean labels, also before the first epoch
+    (epoch 0). [released code] With `eval_every` > 1 epochs between are left out, the last one
+    never. `on_epoch()` is called after every epoch of every group, `count_epochs` times.
 
     Raises:
         SettingError: a flood level is no finite number >= 0, or batch norm meets one example alone.
         DivergenceError: a loss is not finite any more.
     """
+    training = training.filled()
     check_flood_levels(flood_levels)
-    settings.check_batches(len(data.train.labels), bool(network.norms))
+    training.check_batches(len(data.train.noisy_labels), network.model.batch_norm)
     evaluated = [EvaluationSplit(name, getattr(data, name), device) for name in splits]
-    start = generator.get_state()
-    count, groups = len(flood_levels), count_epochs(flood_levels, 1, device)
-    for number in range(groups):  # of nearly the same size
-        generator.set_state(start)
-        group = list(flood_levels[count * number // groups : count * (number + 1) // groups])
-        levels = torch.tensor(group, dtype=torch.float32, device=device)
-        stack = StackedMLP(network, len(levels), device)
-        epochs = train_epochs(stack, data.train, levels, settings, generator)
-        for epoch, batch_loss, flooded in epochs:
-            metrics = {"train_batch_loss": batch_loss} if epoch > 0 else {}
-            if due := epoch % eval_every == 0 or epoch == settings.epochs:
-                folded = stack.fold()
-                for split in evaluated:
-                    metrics |= split.scores(folded)
-                metrics["train_flooded_fraction_so_far"] = flooded
-            metrics = _fetch(metrics, epoch, group, settings.learning_rate)
-            if epoch > 0:
-                on_epoch()
-            if due:
-                yield Evaluation(epoch, metrics, folded)
+    models = pd.DataFrame({"start": 0 if starts is None else starts, "flood_level": flood_levels})
+    order = generator.get_state()
+    for group in np.array_split(np.arange(len(models)), count_epochs(flood_levels, 1, device)):
+        group = models.iloc[group]
+        copies = network.select(list(group.start)).to(device)
+        epochs = train_epochs(copies, data.train, group.flood_level, training, order)
+        yield _evaluate(copies, epochs, evaluated, group, training, eval_every, on_epoch)
 
 
 def count_epochs(flood_levels: Sequence[float], epochs: int, device: torch.device) -> int:
@@ -126,120 +111,153 @@ def count_epochs(flood_levels: Sequence[float], epochs: int, device: torch.devic
     return epochs * math.ceil(len(flood_levels) / MODELS_AT_ONCE[device.type])
 
 
-def train_epochs(
-    stack: StackedMLP, split: Split, levels: Tensor, settings: TrainSettings,
-    generator: torch.Generator,
-) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
-    """Train the stack's K models, one flood level each; it may be read after every epoch.
+def _evaluate(
+    network: MLP, epochs: Iterator[tuple[int, Tensor, Tensor]], splits: Sequence[EvaluationSplit],
+    models: pd.DataFrame, training: Training, eval_every: int, on_epoch: Callable[[], object],
+) -> Iterator[Evaluation]:  # fmt: skip
+    """Score a group of models after its epochs."""
+    for epoch, batch_loss, flooded_fraction in epochs:
+        metrics = {"train_batch_loss": batch_loss} if epoch > 0 else {}
+        due = epoch % eval_every == 0 or epoch == training.epochs
+        if due:
+            for split in splits:
+                metrics |= split.scores(network)
+            metrics["train_flooded_fraction_so_far"] = flooded_fraction
+        fetched = _fetch(metrics, models.assign(epoch=epoch), training)
+        if epoch > 0:
+            on_epoch()
+        if due:
+            yield Evaluation(epoch, fetched, network)
 
-    Yields the epoch (first 0, before training), each model's mean loss over the epoch's
-    mini-batches [K] in nats, and the share of all losses until now that were below the level [K].
+
+def train_epochs(
+    network: MLP, split: Split, flood_levels: Sequence[float], training: Training, order: Tensor
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Train the network's K copies, one flood level each; it may be read after every epoch.
+
+    `order` is the state of the generator that draws the order of the examples. Yields the epoch
+    (first 0, before training), each model's mean loss over the epoch's mini-batches [K] in nats,
+    and the share of all losses until now that were below the level [K].
     """
-    parameters = list(stack.parameters.values())
-    inputs = torch.from_numpy(split.inputs).to(levels.device)
-    labels = torch.from_numpy(split.labels).to(levels.device)
-    # The fused optimizers act element by element, so the stacked models do not mix.
-    options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "fused": True}
-    if settings.optimizer == "sgd":
-        optimizer = torch.optim.SGD(parameters, momentum=settings.momentum, **options)
-    else:
-        optimizer = torch.optim.Adam(parameters, **options)
-    reduction = "mean" if settings.flood_on == "batch" else "none"
-    below, count = torch.zeros_like(levels), 0
-    yield 0, torch.zeros_like(levels), below
-    for epoch in range(1, settings.epochs + 1):
-        order = torch.randperm(len(labels), generator=generator).to(levels.device)
-        batches = order.split(settings.batch_size)  # the last one has what is left
-        loss_sum = torch.zeros_like(levels)
+    device = next(network.parameters()).device
+    inputs = torch.from_numpy(split.inputs).to(device)
+    labels = torch.from_numpy(split.noisy_labels).to(device)
+    b = torch.tensor(list(flood_levels), dtype=torch.float32, device=device)  # [K]
+    optimizer = make_optimizer(network, training)
+    generator = torch.Generator().set_state(order)
+    below, count = torch.zeros_like(b), 0
+    yield 0, torch.zeros_like(b), below
+    for epoch in range(1, training.epochs + 1):
+        network.train()
+        batches = torch.randperm(len(labels), generator=generator).to(device)
+        batches = batches.split(training.batch_size)  # the last one has what is left
+        loss_sum = torch.zeros_like(b)
         for batch in batches:
-            losses = stack.losses(inputs[batch], labels[batch], reduction)
-            losses = losses.view(len(levels), -1)  # [K, 1], or [K, examples]
-            level_of = levels[:, None].expand_as(losses)
-            flooded = flood(losses.flatten(), level_of.flatten()).view_as(losses)
+            losses = cross_entropy(network(inputs[batch]), labels[batch])  # [n, K]
+            if training.flood_on == "batch":
+                losses = losses.mean(dim=0, keepdim=True)  # J of each model, [1, K]
             optimizer.zero_grad()
-            flooded.mean(dim=1).sum().backward()
+            flood(losses, b).mean(dim=0).sum().backward()  # the sum gives each its own gradient
             optimizer.step()
-            loss_sum += losses.detach().mean(dim=1)
-            below += (losses.detach() < level_of).sum(dim=1)
-            count += losses.shape[1]
+            losses = losses.detach()
+            loss_sum += losses.mean(dim=0)
+            below += (losses < b).sum(dim=0)
+            count += len(losses)
         yield epoch, loss_sum / len(batches), below / count
 
 
+def make_optimizer(network: nn.Module, training: Training) -> torch.optim.Optimizer:
+    """Return the optimizer; it acts element by element, so that the models do not mix."""
+    options = {"lr": training.learning_rate, "weight_decay": training.weight_decay, "fused": True}
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(network.parameters(), momentum=training.momentum, **options)
+    return torch.optim.Adam(network.parameters(), **options)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return each example's loss in each model, [n, K] in nats, of logits [n, K, classes]."""
+    labels = labels[:, None].expand(logits.shape[:2])
+    return nn.functional.cross_entropy(logits.mT, labels, reduction="none")
+
+
 class EvaluationSplit:
-    """A split on the device, ready to score K folded networks."""
+    """A split on the device, ready to score K models."""
 
     def __init__(self, name: str, split: Split, device: torch.device) -> None:
         self.name = name
-        self.inputs = with_constant(torch.from_numpy(split.inputs).to(device))
-        labels = np.stack([split.labels, split.clean_labels])
+        self.inputs = torch.from_numpy(split.inputs).to(device)
+        labels = np.stack([split.noisy_labels, split.clean_labels])
         self.labels = dict(zip(("noisy", "clean"), torch.from_numpy(labels).to(device)))
 
-    @torch.no_grad()
-    def scores(self, folded: list[Tensor]) -> dict[str, Tensor]:
+    def scores(self, network: MLP) -> dict[str, Tensor]:
         """Return the split's loss and accuracy against both labels, [K] each, in one pass."""
-        copies, scores = len(folded[0]), {}
-        chunk = max(1, EVALUATION_ROWS[self.inputs.device.type] // copies)
-        logits = folded_logits(folded, self.inputs, chunk)
-        log_probabilities, predictions = logits.log_softmax(dim=-1), logits.argmax(dim=-1)
+        logits, scores = evaluate(network, self.inputs), {}
+        predictions = logits.argmax(dim=-1)  # [n, K]
         for kind, labels in self.labels.items():
-            index = labels.expand(copies, -1).unsqueeze(-1)
-            loss = -log_probabilities.gather(-1, index).mean(dim=(1, 2))
-            correct = (predictions == labels).sum(dim=1)
-            scores[f"{self.name}_loss_{kind}"] = loss
-            scores[f"{self.name}_accuracy_{kind}"] = correct.double() / len(labels)
+            correct = predictions == labels[:, None]
+            scores[f"{self.name}_loss_{kind}"] = cross_entropy(logits, labels).mean(dim=0)
+            scores[f"{self.name}_accuracy_{kind}"] = correct.sum(dim=0).double() / len(labels)
         return scores
 
 
-def _fetch(
-    metrics: dict[str, Tensor], epochs: int | np.ndarray, levels: Sequence[float], rate: float
-) -> pd.DataFrame:
+@torch.no_grad()
+def evaluate(network: MLP, inputs: Tensor) -> Tensor:
+    """Return the logits [n, K, classes] in evaluation mode, in which the network is left.
+
+    So many examples are taken through all layers before the next that they stay in the cache.
+    """
+    chunk = max(1, EVALUATION_ROWS[inputs.device.type] // network.copies)
+    network.eval()
+    return torch.cat([network(rows) for rows in inputs.split(chunk)])
+
+
+def _fetch(metrics: dict[str, Tensor], models: pd.DataFrame, training: Training) -> pd.DataFrame:
     """Bring metrics from the device at one go, a row a model; DivergenceError if not finite."""
     values = torch.stack([value.double() for value in metrics.values()]).cpu().numpy()
-    columns = {"flood_level": levels, "epoch": epochs, **dict(zip(metrics, values))}
-    fetched = pd.DataFrame(columns)
-    for metric, model in np.argwhere(~np.isfinite(values)):
-        row = fetched.iloc[model]
+    if not np.isfinite(values).all():
+        metric, model = np.argwhere(~np.isfinite(values))[0]
+        row = models.iloc[model]
         raise DivergenceError(
             f"flood level {row.flood_level:g}: {list(metrics)[metric]} is {values[metric, model]} "
-            f"in epoch {row.epoch:g}, with learning rate {rate:g}"
+            f"in epoch {row.epoch:g}, with learning rate {training.learning_rate:g}"
         )
-    return fetched
+    return models.assign(**dict(zip(metrics, values))).reset_index(drop=True)
 
 
-def train_with_early_stopping(
-    network: MLP, data: Dataset, flood_levels: Sequence[float], settings: TrainSettings,
-    device: torch.device, generator: torch.Generator,
+def score_last_and_best(
+    network: MLP, data: Dataset, flood_levels: Sequence[float], training: Training,
+    device: torch.device, generator: torch.Generator, starts: Sequence[int] | None = None,
     on_epoch: Callable[[], object] = lambda: None,
 ) -> pd.DataFrame:  # fmt: skip
-    """Train as `train` does, and score the last epoch and the best epoch of every model.
+    """Train as `train` does, all epochs, and score the last and the best one of every model.
 
     The best epoch is the first of highest accuracy on the noisy validation labels, epoch 0 left
-    out. Returns a row a `stopping` (of STOPPINGS) and `flood_level`, with the `epoch` whose weights
-    were scored and the SCORES of validation and test split. Raises what `train` raises.
+    out: it is what early stopping would have kept. Returns a row a `scored_epoch` (of
+    SCORED_EPOCHS) and model, first all last ones: its `start`, `flood_level`, the `epoch` that was
+    scored, and the SCORES of validation and test split. Raises what `train` raises.
     """
-    rows = []
+    training = training.filled()
     splits = [EvaluationSplit(name, getattr(data, name), device) for name in SPLITS[1:]]
-    for now in train(
-        network, data, flood_levels, settings, device, generator, ("val",), on_epoch=on_epoch
-    ):
-        accuracy = now.metrics.val_accuracy_noisy.to_numpy(copy=True)
-        if now.epoch <= 1:
-            best_folded, best_accuracy = now.folded, accuracy
-            best_epoch = np.full(len(accuracy), now.epoch)
-        elif (improved := accuracy > best_accuracy).any():
-            best_accuracy[improved], best_epoch[improved] = accuracy[improved], now.epoch
-            index = torch.from_numpy(np.flatnonzero(improved)).to(device)
-            for best, matrix in zip(best_folded, now.folded):
-                best[index] = matrix[index]
-        if now.epoch == settings.epochs:
-            last, best = (now.epoch, now.folded), (best_epoch, best_folded)
-            for stopping, (epochs, folded) in zip(STOPPINGS, (last, best)):
-                scores = {k: v for split in splits for k, v in split.scores(folded).items()}
-                levels, rate = now.metrics.flood_level, settings.learning_rate
-                rows.append(_fetch(scores, epochs, levels, rate))
-                rows[-1].insert(0, "stopping", stopping)
-    # Of all groups of models, first the last epoch's.
-    return pd.concat(rows[::2] + rows[1::2], ignore_index=True)
+    rows = {scored_epoch: [] for scored_epoch in SCORED_EPOCHS}
+    arguments = network, data, flood_levels, training, device, generator, starts, ("val",)
+    for epochs in train(*arguments, on_epoch=on_epoch):
+        next(epochs)  # the untrained networks
+        now = next(epochs)
+        best, best_network = now.metrics.copy(), now.network.select(range(now.network.copies))
+        for now in epochs:
+            improved = np.flatnonzero(now.metrics.val_accuracy_noisy > best.val_accuracy_noisy)
+            if len(improved):
+                best.iloc[improved] = now.metrics.iloc[improved]
+                best_network.update(now.network, improved)
+        for scored_epoch, models, scored in (
+            ("last", now.metrics, now.network), ("best", best, best_network)
+        ):  # fmt: skip
+            scores = {k: v for split in splits for k, v in split.scores(scored).items()}
+            models = models[["start", "flood_level", "epoch"]]
+            rows[scored_epoch].append(_fetch(scores, models, training))
+    return pd.concat(
+        [pd.concat(rows[name]).assign(scored_epoch=name) for name in rows], ignore_index=True
+    )
 
 
 @dataclass(frozen=True)
@@ -254,22 +272,20 @@ class Boundary:
     probability: np.ndarray
     predictions: np.ndarray
     inputs: np.ndarray
-    labels: np.ndarray
+    noisy_labels: np.ndarray
     clean_labels: np.ndarray
 
 
-def find_boundary(networks: Sequence[list[Tensor]], split: Split) -> Boundary:
-    """Evaluate folded networks on a square around the two-dimensional examples of a split."""
+def find_boundary(networks: Sequence[MLP], split: Split) -> Boundary:
+    """Evaluate K networks, of one copy each, around the two-dimensional examples of a split."""
     reach = 1.08 * np.abs(split.inputs).max()
     axis = np.linspace(-reach, reach, GRID, dtype=np.float32)
     plane = np.stack([x.ravel() for x in np.meshgrid(axis, axis)], axis=1)
-    inputs = with_constant(torch.from_numpy(np.concatenate([plane, split.inputs])))
-    probability = []
-    for folded in networks:
-        logits = folded_logits(folded, inputs.to(folded[0].device), EVALUATION_ROWS["cpu"])
-        probability.append(logits[0].softmax(dim=-1)[:, 1].cpu().numpy())
-    plane_probability, of_examples = np.split(np.stack(probability), [GRID**2], axis=1)
+    inputs = torch.from_numpy(np.concatenate([plane, split.inputs]))
+    logits = [evaluate(one, inputs.to(next(one.parameters()).device)) for one in networks]
+    probability = torch.cat(logits, dim=1).softmax(dim=-1)[:, :, 1].T.cpu().numpy()
+    on_plane, on_examples = np.split(probability, [GRID**2], axis=1)
     return Boundary(
-        axis, plane_probability.reshape(-1, GRID, GRID), (of_examples > 0.5).astype(int),
-        split.inputs, split.labels, split.clean_labels,
+        axis, on_plane.reshape(-1, GRID, GRID), (on_examples > 0.5).astype(int),
+        split.inputs, split.noisy_labels, split.clean_labels,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Training many models at once against straightforward loops over one model at a time."""
+"""Training many models at once against `reference.py`, which trains one at a time."""
 
 from __future__ import annotations
 
@@ -11,99 +11,94 @@ import pytest
 import torch
 from torch import nn
 
+import models
+import reference
 import train
-from datasets import DataSettings, make_dataset
-from flooding import flood
-from models import MLP, StackedMLP, folded_logits, with_constant
-from settings import SPLITS, ModelSettings, SettingError, TrainSettings
-from train import METRICS, DivergenceError, count_epochs, train_epochs, train_with_early_stopping
+from datasets import Data, make_dataset
+from models import MLP, stacked_product
+from settings import SPLITS, Model, SettingError, Training
+from train import METRICS, DivergenceError, count_epochs, score_last_and_best
 
 CPU = torch.device("cpu")
 LEVELS = [0.0, 0.3, 0.6]
+
+
+@pytest.fixture(params=["bmm", "convolution"])
+def product(request, monkeypatch):
+    """Both ways to multiply, whatever this processor prefers."""
+    convolution = request.param == "convolution"
+    monkeypatch.setattr(models, "prefers_convolution", lambda device: convolution)
 
 
 def training(optimizer="sgd", **changes):
     """30 examples a batch of 8 leave a last one of 6."""
     rate = {"sgd": 0.05, "adam": 0.005}[optimizer]
     options = {"learning_rate": rate, "batch_size": 8, "epochs": 4, "weight_decay": 1e-3}
-    return TrainSettings(optimizer=optimizer, **{**options, **changes})
+    return Training(optimizer=optimizer, **{**options, **changes}).filled()
 
 
 def small_data():
     sizes = {"train_samples": 30, "val_samples": 20, "test_samples": 50}
-    return make_dataset(DataSettings(dataset="sinusoid2d", label_noise=0.1, **sizes), seed=3)
+    return make_dataset(Data(dataset="sinusoid2d", label_noise=0.1, **sizes), seed=3)
 
 
-def network_and_generator(batch_norm, seed=5):
-    generator = torch.Generator().manual_seed(seed)
-    units = 16 if batch_norm else 13  # a multiple of what widths are padded to, and none
-    shape = ModelSettings(hidden_layers=2, hidden_units=units, batch_norm=batch_norm)
-    network = MLP(2, shape, generator)
+def network_and_generator(batch_norm, copies=1):
+    generators = [torch.Generator().manual_seed(5 + k) for k in range(copies)]
+    shape = Model(hidden_layers=2, hidden_units=13, batch_norm=batch_norm)
+    network = MLP(2, shape, generators)
     for norm in network.norms:
         norm.running_var.fill_(0.01)  # small, so that batch norm's epsilon is seen
-    return network, generator
+    return network, generators[0]
 
 
-def plain_scores(model, data):
-    """The scores of all splits by their names."""
-    scores = {}
-    for name in SPLITS:
-        split = getattr(data, name)
-        with torch.no_grad():
-            logits = model.eval()(torch.from_numpy(split.inputs))
-        for kind, labels in (("noisy", split.labels), ("clean", split.clean_labels)):
-            labels = torch.from_numpy(labels)
-            scores[f"{name}_loss_{kind}"] = nn.functional.cross_entropy(logits, labels).item()
-            correct = (logits.argmax(1) == labels).sum().item()
-            scores[f"{name}_accuracy_{kind}"] = correct / len(labels)
-    return scores
+def one_network(network, k=0):
+    """Copy k as a network of `reference.py`, with its weights and statistics."""
+    shape = network.model
+    plain = reference.make_network(2, shape.hidden_layers, shape.hidden_units, shape.batch_norm)
+    theirs = network.select([k]).state_dict()
+    ours = [name for i in range(3) for name in theirs if f"s.{i}." in name]  # layer by layer
+    state = {name: theirs[other] for name, other in zip(plain.state_dict(), ours, strict=True)}
+    plain.load_state_dict({n: v.view_as(plain.state_dict()[n]) for n, v in state.items()})
+    return plain
 
 
-def plain_loop(network, data, level, settings, generator):
-    """One model of PyTorch's layers with PyTorch's defaults; yields its METRICS every epoch."""
-    first, second, last = copy.deepcopy(network.linears)
-    norms = [nn.BatchNorm1d(first.out_features) for _ in network.norms]
-    for norm, start in zip(norms, network.norms):
-        norm.load_state_dict(start.state_dict())
-    model = nn.Sequential(first, *norms[:1], nn.ReLU(), second, *norms[1:], nn.ReLU(), last)
-    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[settings.optimizer]
-    options = {"momentum": settings.momentum} if settings.optimizer == "sgd" else {}
-    options |= {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    optimizer = kind(model.parameters(), **options)
-    inputs, labels = map(torch.from_numpy, (data.train.inputs, data.train.labels))
-    below = []  # of all losses until now
-    first = {"train_batch_loss": math.nan, "train_flooded_fraction_so_far": 0.0}
-    yield {**plain_scores(model, data), **first}
-    for _ in range(settings.epochs):
-        batches = torch.randperm(len(labels), generator=generator).split(settings.batch_size)
-        batch_losses = []
-        for batch in batches:
-            logits = model.train()(inputs[batch])
-            losses = nn.functional.cross_entropy(logits, labels[batch], reduction="none")
-            batch_losses.append(losses.mean().item())
-            if settings.flood_on == "batch":
-                losses = losses.mean().unsqueeze(0)
-            below += (losses < level).tolist()
-            if level > 0:
-                losses = (losses - level).abs() + level
-            optimizer.zero_grad()
-            losses.mean().backward()
-            optimizer.step()
-        now = {
-            "train_batch_loss": np.mean(batch_losses),
-            "train_flooded_fraction_so_far": np.mean(below),
-        }
-        yield {**plain_scores(model, data), **now}
+def one_by_one(network, data, level, settings, generator, start=0):
+    """Train one network by `reference.py`; yields its METRICS before training and every epoch."""
+    plain = one_network(network, start)
+    optimizer = train.make_optimizer(plain, settings)
+    inputs, labels = map(torch.from_numpy, (data.train.inputs, data.train.noisy_labels))
+    reduction = "mean" if settings.flood_on == "batch" else "none"
+    below, metrics = [], {"train_batch_loss": math.nan, "train_flooded_fraction_so_far": 0.0}
+    for epoch in range(settings.epochs + 1):
+        if epoch > 0:
+            order = torch.randperm(len(labels), generator=generator)
+            batches = [(inputs[i], labels[i]) for i in order.split(settings.batch_size)]
+            losses = reference.train_epoch(plain, batches, level, optimizer, reduction)
+            below += [loss.item() < level for batch in losses for loss in batch.view(-1)]
+            batch_loss = np.mean([batch.mean().item() for batch in losses])
+            metrics = {"train_batch_loss": batch_loss}
+            metrics["train_flooded_fraction_so_far"] = np.mean(below)
+        for name in SPLITS:
+            split = getattr(data, name)
+            for kind, labels_ in (("noisy", split.noisy_labels), ("clean", split.clean_labels)):
+                tensors = torch.from_numpy(split.inputs), torch.from_numpy(labels_)
+                loss, accuracy = reference.evaluate(plain, *tensors)
+                metrics[f"{name}_loss_{kind}"] = loss
+                metrics[f"{name}_accuracy_{kind}"] = accuracy
+        yield dict(metrics)
 
 
 def train_all(network, data, levels, settings, generator, **options):
     """The metrics by flood level and epoch."""
-    evaluations = train.train(network, data, levels, settings, CPU, generator, **options)
-    return pd.concat([now.metrics for now in evaluations]).set_index(["flood_level", "epoch"])
+    groups = train.train(network, data, levels, settings, CPU, generator, **options)
+    metrics = pd.concat([now.metrics for epochs in groups for now in epochs])
+    return metrics.set_index(["flood_level", "epoch"])
 
 
 def assert_equal(found, expected, tolerance):
-    assert found == pytest.approx(expected, abs=tolerance, nan_ok=True)
+    assert {name: found[name] for name in expected} == pytest.approx(
+        expected, abs=tolerance, nan_ok=True
+    )
     for name in expected:
         if "accuracy" in name:
             assert found[name] == expected[name]  # a count of examples
@@ -112,42 +107,105 @@ def assert_equal(found, expected, tolerance):
 @pytest.mark.parametrize("flood_on", ["batch", "example"])
 @pytest.mark.parametrize("batch_norm", [True, False])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_models_at_once_equal_models_one_by_one(optimizer, batch_norm, flood_on, monkeypatch):
-    monkeypatch.setattr("train.EVALUATION_ROWS", {"cpu": 21})  # chunks of 7 examples
+def test_models_at_once_equal_models_one_by_one(
+    optimizer, batch_norm, flood_on, product, monkeypatch
+):
+    monkeypatch.setattr("train.EVALUATION_ROWS", {"cpu": 14})  # chunks of 7 examples, and of 14
+    monkeypatch.setattr("train.MODELS_AT_ONCE", {"cpu": 2})
     settings, data = training(optimizer, flood_on=flood_on, epochs=8), small_data()
     network, generator = network_and_generator(batch_norm)
-    start = generator.get_state()
+    state = generator.get_state()
     metrics = train_all(network, data, LEVELS, settings, generator)
-    assert set(metrics) == set(METRICS)
+    assert set(metrics) == {"start", *METRICS}
+    order = [(level, epoch) for group in ([0.0, 0.3], [0.6]) for epoch in range(9)
+             for level in group]  # fmt: skip
+    assert list(metrics.index) == order
     for level in LEVELS:
-        generator.set_state(start)
-        loop = list(plain_loop(network, data, level, settings, generator))
-        assert list(metrics.loc[level].index) == list(range(9))
-        for found, expected in zip(metrics.loc[level].to_dict("records"), loop):
-            assert_equal(found, expected, 5e-5)
+        generator.set_state(state)
+        expected = list(one_by_one(network, data, level, settings, generator))
+        for found, scores in zip(metrics.loc[level].to_dict("records"), expected, strict=True):
+            assert_equal(found, scores, 5e-5)
     shares = metrics.train_flooded_fraction_so_far.loc[0.6]
     assert 0 < shares.iloc[-1] < 1 and shares.nunique() > 3
     assert not metrics.train_flooded_fraction_so_far.loc[0.0].any()
 
 
-def test_by_default_the_mean_of_a_mini_batch_is_flooded_to_the_last_bit():
-    settings, data, levels = training(), small_data(), torch.tensor(LEVELS)
-    network, generator = network_and_generator(batch_norm=True)
-    start = generator.get_state()
-    ours, theirs = (StackedMLP(network, len(LEVELS), CPU) for _ in range(2))
-    for _ in train_epochs(ours, data.train, levels, settings, generator):
-        pass
-    generator.set_state(start)
-    inputs, labels = map(torch.from_numpy, (data.train.inputs, data.train.labels))
-    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "fused": True}
-    optimizer = torch.optim.SGD(theirs.parameters.values(), **options)
-    for _ in range(settings.epochs):
-        for batch in torch.randperm(30, generator=generator).split(8):
-            optimizer.zero_grad()
-            flood(theirs.losses(inputs[batch], labels[batch]), levels).sum().backward()
-            optimizer.step()
-    for name, value in theirs.parameters.items():
-        assert torch.equal(ours.parameters[name], value)
+def test_models_may_start_from_weights_of_their_own():
+    settings, data = training("adam"), small_data()
+    network, generator = network_and_generator(batch_norm=True, copies=3)
+    state = generator.get_state()
+    levels, starts = [0.0, 0.0, 0.3], [0, 2, 1]
+    searched = score_last_and_best(network, data, levels, settings, CPU, generator, starts)
+    for model, (level, start) in enumerate(zip(levels, starts)):
+        generator.set_state(state)
+        *_, last = one_by_one(network, data, level, settings, generator, start)
+        row = searched.iloc[model]
+        assert (row.start, row.flood_level, row.scored_epoch) == (start, level, "last")
+        assert_equal(row, {k: v for k, v in last.items() if k.startswith("test")}, 2e-4)
+    generator.set_state(state)
+    plain = score_last_and_best(network, data, [0.0, 0.1, 0.3], settings, CPU, generator)
+    same = [name for name in searched if name != "start"]
+    for row in (0, 3):  # the trial's own network: to the last bit
+        assert searched.loc[row, same].equals(plain.loc[row, same])
+
+
+@pytest.mark.parametrize(("batch_norm", "rate"), [(True, 0.01), (False, 0.01), (False, 1e-12)])
+def test_the_best_epoch_is_the_first_of_best_validation_accuracy(batch_norm, rate, monkeypatch):
+    """At the lowest rate all epochs are equally good: chosen is the first, and not epoch 0."""
+    monkeypatch.setattr("train.MODELS_AT_ONCE", {"cpu": 2})
+    settings, data = training("adam", learning_rate=rate, epochs=12), small_data()
+    network, generator = network_and_generator(batch_norm)
+    state = generator.get_state()
+    table = score_last_and_best(network, data, LEVELS, settings, CPU, generator)
+    assert list(table.scored_epoch) == ["last"] * 3 + ["best"] * 3
+    assert list(table.flood_level) == LEVELS * 2
+    table = table.set_index(["scored_epoch", "flood_level"])
+    for level in LEVELS:
+        generator.set_state(state)
+        epochs = list(one_by_one(network, data, level, settings, generator))
+        accuracies = [scores["val_accuracy_noisy"] for scores in epochs[1:]]
+        best = 1 + accuracies.index(max(accuracies))
+        for scored_epoch, epoch in (("last", 12), ("best", best)):
+            row = table.loc[scored_epoch, level]
+            assert row.epoch == epoch
+            scores = {k: v for k, v in epochs[epoch].items() if k.startswith(("val", "test"))}
+            assert_equal(row, scores, 2e-4)
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 5, 4), (1, 2, 1, 3), (40, 5, 33, 17)])
+def test_a_stacked_product_and_its_gradients_are_right(shape, product):
+    samples, copies, inputs, outputs = shape
+    rows = torch.randn(samples, copies * inputs, requires_grad=True)
+    weight = torch.randn(copies, outputs, inputs, requires_grad=True)
+    factors = torch.randn(samples, copies * outputs)
+    (found := stacked_product(rows, weight)).mul(factors).sum().backward()
+    exact_rows, exact_weight = (each.detach().double().requires_grad_() for each in (rows, weight))
+    by_copy = exact_rows.view(samples, copies, inputs)
+    expected = torch.einsum("nki,koi->nko", by_copy, exact_weight).flatten(1)
+    expected.mul(factors.double()).sum().backward()
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rows.grad.double(), exact_rows.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(weight.grad.double(), exact_weight.grad, atol=1e-5, rtol=1e-5)
+    assert weight.grad.stride() == weight.stride()  # a fused optimizer takes that for granted
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("capability", "onednn"), [("AVX512", True), ("AVX2", False)])
+def test_the_processor_decides_which_kernel_multiplies(threads, capability, onednn, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rows, weight = torch.randn(50, 3 * 20).requires_grad_(), torch.randn(3, 30, 20)
+        with torch.profiler.profile() as profile:
+            stacked_product(rows, weight.requires_grad_()).sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    ran = {event.key for event in profile.key_averages()}
+    ours = {"aten::mkldnn_convolution", "mkldnn::_convolution_transpose_pointwise"}
+    assert ours <= ran if onednn else not ours & ran
+    assert not any("slow_conv" in kernel or "thnn" in kernel for kernel in ran)
+    assert not models.prefers_convolution(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -163,25 +221,23 @@ def test_the_training_loss_floats_at_the_level(optimizer):
 
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_initial_weights_are_pytorchs(batch_norm):
-    network, _ = network_and_generator(batch_norm, seed=5)
-    units = network.linears[0].out_features
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        for ours, inputs, outputs in zip(network.linears, (2, units, units), (units, units, 2)):
-            theirs = nn.Linear(inputs, outputs, bias=outputs == 2 or not batch_norm)
-            torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    network, _ = network_and_generator(batch_norm, copies=2)
+    for k in range(2):
+        with torch.random.fork_rng():
+            torch.manual_seed(5 + k)
+            for ours, inputs, outputs in zip(network.linears, (2, 13, 13), (13, 13, 2)):
+                theirs = nn.Linear(inputs, outputs, bias=outputs == 2 or not batch_norm)
+                mine = {name: value[k] for name, value in ours.state_dict().items()}
+                torch.testing.assert_close(mine, dict(theirs.state_dict()), atol=0, rtol=0)
 
 
 def test_a_loss_at_the_level_is_not_below_it():
     network, generator = network_and_generator(batch_norm=False)
     for parameter in network.linears[-1].parameters():
-        torch.nn.init.zeros_(parameter)  # its loss is log 2, to the last bit
-    data, settings = small_data(), training(learning_rate=1e-12, batch_size=30, epochs=1)
-    inputs, labels = map(torch.from_numpy, (data.train.inputs, data.train.labels))
-    order = torch.randperm(30, generator=torch.Generator().set_state(generator.get_state()))
-    equal = StackedMLP(network, 4, CPU).losses(inputs[order], labels[order])[0]
-    levels = [0.0, 0.1, equal.item(), 50.0]
-    metrics = train_all(network, data, levels, settings, generator)
+        nn.init.zeros_(parameter)  # its loss is log 2, to the last bit
+    levels = [0.0, 0.1, torch.tensor(2.0).log().item(), 50.0]
+    settings = training(learning_rate=1e-12, batch_size=30, epochs=1)
+    metrics = train_all(network, small_data(), levels, settings, generator)
     assert list(metrics.xs(1, level="epoch").train_flooded_fraction_so_far) == [0, 0, 0, 1]
 
 
@@ -199,25 +255,6 @@ def test_same_seed_same_bits_and_sparse_evaluation_changes_nothing():
     assert len(ticks) == 3 * count_epochs(LEVELS, 5, CPU) == 15
 
 
-def test_groups_of_models_train_like_one_group(monkeypatch):
-    data, settings = small_data(), training("adam")
-    network, generator = network_and_generator(batch_norm=True)
-    start = generator.get_state()
-    together = train_all(network, data, LEVELS, settings, generator)
-    monkeypatch.setattr("train.MODELS_AT_ONCE", {"cpu": 2})
-    generator.set_state(start)
-    ticks = []
-    options = {"splits": ("val",), "on_epoch": lambda: ticks.append(1)}
-    metrics = train_all(network, data, LEVELS, settings, generator, **options)
-    groups = [0.0], [0.3, 0.6]
-    order = [(level, epoch) for group in groups for epoch in range(5) for level in group]
-    assert list(metrics.index) == order
-    assert set(metrics) == {name for name in METRICS if name.startswith("val_")} | set(METRICS[-2:])
-    expected = together.loc[metrics.index, metrics.columns]
-    np.testing.assert_allclose(metrics, expected, atol=1e-5)
-    assert len(ticks) == count_epochs(LEVELS, settings.epochs, CPU) == 8
-
-
 @pytest.mark.parametrize("eval_every", [1, 100])
 def test_divergence_names_level_epoch_and_learning_rate(eval_every):
     network, generator = network_and_generator(batch_norm=False)
@@ -230,10 +267,8 @@ def test_a_split_whose_loss_is_not_finite_is_a_divergence():
     data = small_data()
     data.test.inputs[3] = np.inf
     network, generator = network_and_generator(batch_norm=False)
-    with pytest.raises(DivergenceError, match="test_loss_noisy is nan in epoch 0"):
-        train_all(network, data, [0.5], training(), generator)
     with pytest.raises(DivergenceError, match="test_loss_noisy is nan"):
-        train_with_early_stopping(network, data, [0.5], training(), CPU, generator)
+        score_last_and_best(network, data, [0.5], training(), CPU, generator)
 
 
 @pytest.mark.parametrize(
@@ -255,44 +290,19 @@ def test_training_leaves_global_randomness_and_the_network_alone():
     weights = copy.deepcopy(network.state_dict())
     train_all(network, small_data(), LEVELS, training("adam"), generator)
     assert torch.equal(torch.get_rng_state(), before)
-    for name, value in network.state_dict().items():
-        assert torch.equal(value, weights[name])
-
-
-@pytest.mark.parametrize(("batch_norm", "rate"), [(True, 0.01), (False, 0.01), (False, 1e-12)])
-def test_early_stopping_equals_a_plain_loop(batch_norm, rate, monkeypatch):
-    """At the lowest rate all epochs are equally good: chosen is the first, and not epoch 0."""
-    monkeypatch.setattr("train.MODELS_AT_ONCE", {"cpu": 2})
-    settings, data = training("adam", learning_rate=rate, epochs=12), small_data()
-    network, generator = network_and_generator(batch_norm)
-    start = generator.get_state()
-    table = train_with_early_stopping(network, data, LEVELS, settings, CPU, generator)
-    assert list(table.stopping) == ["last epoch"] * 3 + ["early"] * 3
-    assert list(table.flood_level) == LEVELS * 2
-    table = table.set_index(["stopping", "flood_level"])
-    for level in LEVELS:
-        generator.set_state(start)
-        epochs = list(plain_loop(network, data, level, settings, generator))
-        accuracies = [scores["val_accuracy_noisy"] for scores in epochs[1:]]
-        first_best = accuracies.index(max(accuracies))
-        for stopping, epoch in (("last epoch", 12), ("early", first_best + 1)):
-            row = table.loc[stopping, level].to_dict()
-            assert row["epoch"] == epoch
-            expected = {k: v for k, v in epochs[epoch].items() if k.startswith(("val", "test"))}
-            assert_equal({name: row[name] for name in expected}, expected, 2e-4)
+    torch.testing.assert_close(network.state_dict(), weights, atol=0, rtol=0)
 
 
 def test_the_boundary_is_the_networks():
     data = small_data()
     network, generator = network_and_generator(batch_norm=True)
-    *_, last = train.train(network, data, [0.0, 0.5], training(), CPU, generator)
-    networks = last.networks()
-    assert list(networks) == [0.0, 0.5]
-    boundary = train.find_boundary(list(networks.values()), data.train)
+    [epochs] = train.train(network, data, [0.0, 0.5], training(), CPU, generator)
+    *_, last = epochs
+    boundary = train.find_boundary([last.network.select([k]) for k in range(2)], data.train)
     for predictions, accuracy in zip(boundary.predictions, last.metrics.train_accuracy_noisy):
-        assert (predictions == data.train.labels).mean() == accuracy
-    points = torch.tensor([[boundary.axis[7], boundary.axis[190]]])  # x1, x2
-    expected = folded_logits(last.folded, with_constant(points), 10).softmax(dim=-1)[:, 0, 1]
+        assert (predictions == data.train.noisy_labels).mean() == accuracy
+    point = torch.tensor([[boundary.axis[7], boundary.axis[190]]])  # x1, x2
+    expected = last.network.eval()(point).softmax(dim=-1)[0, :, 1].detach()
     np.testing.assert_allclose(boundary.probability[:, 190, 7], expected, atol=1e-6)
 
 
@@ -304,34 +314,3 @@ def test_a_prepared_process_flushes_denormal_numbers_to_zero():
         assert train.prepare_process("cpu") == CPU and denormal * 0.5 == 0
     finally:
         torch.set_flush_denormal(False)
-
-
-def test_defaults_depend_on_the_optimizer():
-    sgd, adam = (TrainSettings(optimizer=name, batch_size=8, epochs=1) for name in ("sgd", "adam"))
-    assert (sgd.learning_rate, sgd.momentum, sgd.flood_on) == (0.01, 0.9, "batch")
-    assert (adam.learning_rate, adam.momentum, adam.flood_on) == (0.001, 0.0, "batch")
-
-
-GOOD = {"optimizer": "sgd", "batch_size": 8, "epochs": 1}
-LAYERS = {"hidden_layers": 1, "hidden_units": 1, "batch_norm": True}
-
-
-@pytest.mark.parametrize(
-    ("kind", "good", "name", "value"),
-    [
-        (TrainSettings, GOOD, "learning_rate", 0.0),
-        (TrainSettings, GOOD, "learning_rate", math.nan),
-        (TrainSettings, GOOD, "momentum", 1.0),
-        (TrainSettings, {**GOOD, "optimizer": "adam"}, "momentum", 0.9),
-        (TrainSettings, GOOD, "weight_decay", -1.0),
-        (TrainSettings, GOOD, "batch_size", 0),
-        (TrainSettings, GOOD, "epochs", 0),
-        (TrainSettings, {**GOOD, "learning_rate": 0.1}, "optimizer", "lbfgs"),
-        (TrainSettings, GOOD, "flood_on", "epoch"),
-        (ModelSettings, LAYERS, "hidden_layers", 0),
-        (ModelSettings, LAYERS, "hidden_units", 0),
-    ],
-)
-def test_bad_settings_name_the_setting_and_the_value(kind, good, name, value):
-    with pytest.raises(SettingError, match=f"^{name} .*{value}"):
-        kind(**{**good, name: value})
