@@ -1,43 +1,59 @@
 """How close training and evaluation come to what the machine multiplies.
 
 Measures in turn, several rounds, and takes medians: (a) float32 matrix products of about the
-network's sizes, the limit; (b) an epoch of the default demo; (c) training steps of the paper's
-network for K models at once; (d) the epoch of (b) as a plain loop over models with DataLoader.
+network's sizes by every library at hand, of which the fastest is the limit; (b) an epoch of the
+default demo; (c) training steps of the released network for K models at once; (d) the epoch of (b)
+by the plain loop of `reference.py`.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import reference
 import settings
-from datasets import Dataset, Split, make_dataset
-from models import MLP, StackedMLP
-from run_demo_synth import DemoSettings
-from run_table_synth import TableSettings
-from settings import SPLITS, ModelSettings
-from train import prepare_process, train, train_epochs
+from datasets import Dataset, make_dataset
+from models import MLP, prefers_convolution
+from run_demo_synth import Demo
+from run_table_synth import Table
+from settings import SPLITS, Model
+from train import make_optimizer, prepare_process, train, train_epochs
 
-MODELS_AT_ONCE = (1, 8, 26, 51)
+MODELS_AT_ONCE = (1, 4, 26, 51)
+SHAPES = ((1, 4000), (4, 500), (4, 1500), (26, 200))  # K and rows of the products of (a)
 LIMIT_SECONDS = 0.2  # a shape of (a), each round; twice that for each of the other cases
 ENDLESS = 10**6  # epochs, more than are measured
+# NumPy's products in a process of their own, so that variables for another OpenBLAS can be unset.
+NUMPY = """
+import time, numpy
+left, right = numpy.ones((4000, 500), "f"), numpy.ones((500, 500), "f")
+out = left @ right
+best = 1e9
+for _ in range(60):
+    start = time.perf_counter()
+    numpy.matmul(left, right, out=out)
+    best = min(best, time.perf_counter() - start)
+print(best)
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkSettings:
+class Benchmark:
     """What to measure on, and how long."""
 
     device: Literal["cpu", "cuda"] = "cpu"
@@ -58,93 +74,98 @@ class Case:
     operations: float
 
 
-def multiplications(shape: ModelSettings, inputs: int = 2, classes: int = 2) -> int:
+def multiplications(model: Model, inputs: int = 2, classes: int = 2) -> int:
     """Multiply-adds of one example's forward pass."""
-    widths = [inputs] + [shape.hidden_units] * shape.hidden_layers + [classes]
+    widths = [inputs] + [model.hidden_units] * model.hidden_layers + [classes]
     return sum(before * after for before, after in itertools.pairwise(widths))
 
 
-def step_operations(shape: ModelSettings, models: int, examples: int) -> float:
+def step_operations(model: Model, models: int, examples: int) -> float:
     """Forward pass, gradient of the weights, and gradient of all but the first layer's inputs."""
-    first = 2 * shape.hidden_units
-    return 2 * models * examples * (3 * multiplications(shape) - first)
+    first = 2 * model.hidden_units
+    return 2 * models * examples * (3 * multiplications(model) - first)
 
 
-def demo_operations(demo: DemoSettings, data: Dataset) -> float:
+def demo_operations(demo: Demo, data: Dataset) -> float:
     """One epoch: a step of all training examples, and an evaluation of the three splits."""
     models = len(demo.flood_levels)
-    examples = sum(len(getattr(data, name).labels) for name in SPLITS)
-    evaluation = 2 * models * examples * multiplications(demo)
-    return evaluation + step_operations(demo, models, len(data.train.labels))
+    examples = sum(len(getattr(data, name).inputs) for name in SPLITS)
+    evaluation = 2 * models * examples * multiplications(demo.model)
+    return evaluation + step_operations(demo.model, models, len(data.train.inputs))
 
 
 def limit_cases(device: torch.device) -> list[Case]:
+    """Bare products by PyTorch's `mm` and `bmm`, and on a CPU by oneDNN."""
     cases = []
-    for models, rows in ((1, 500), (1, 4000), (4, 500), (4, 1000), (8, 250), (8, 500)):
+    for models, rows in SHAPES:
         left = torch.randn(models, rows, 500, device=device)
         right = torch.randn(models, 500, 500, device=device)
         product = torch.empty(models, rows, 500, device=device)
+        calls = {"bmm": functools.partial(torch.bmm, left, right, out=product)}
         if models == 1:
-            call = functools.partial(torch.mm, left[0], right[0], out=product[0])
-        else:
-            call = functools.partial(torch.bmm, left, right, out=product)
-        cases.append(Case(f"(a) {models} x {rows}x500x500", call, 2 * models * rows * 500**2))
+            calls = {"mm": functools.partial(torch.mm, left[0], right[0], out=product[0])}
+        if device.type == "cpu" and torch.backends.mkldnn.is_available():
+            image = torch.randn(1, rows, 1, models * 500).permute(0, 3, 1, 2)
+            kernels, fixed = right.view(-1, 500, 1, 1), ((0, 0), (1, 1), (1, 1), models)
+            convolution = torch.ops.aten.mkldnn_convolution
+            calls["oneDNN"] = functools.partial(convolution, image, kernels, None, *fixed)
+        for name, call in calls.items():
+            operations = 2 * models * rows * 500**2
+            cases.append(Case(f"(a) {name}, {models} x {rows}x500x500", call, operations))
     return cases
 
 
-def demo_case(demo: DemoSettings, data: Dataset, device: torch.device) -> Case:
+def numpy_rate() -> float:
+    """Return the GFLOP/s of NumPy's products, by the OpenBLAS that it brings."""
+    chosen = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # they may hold a newer OpenBLAS back
+    environment = {name: value for name, value in os.environ.items() if name not in chosen}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    command = [sys.executable, "-c", NUMPY]
+    seconds = float(subprocess.check_output(command, env=environment, text=True))
+    return 2 * 4000 * 500**2 / seconds / 1e9
+
+
+def demo_case(demo: Demo, data: Dataset, device: torch.device) -> Case:
     generator = torch.Generator().manual_seed(0)
-    network = MLP(2, demo, generator)
-    epochs = train(network, data, demo.flood_levels, demo, device, generator)
+    network = MLP(2, demo.model, [generator])
+    [epochs] = train(network, data, demo.flood_levels, demo.training, device, generator)
     next(epochs)
     return Case("(b) demo, one epoch", lambda: next(epochs), demo_operations(demo, data))
 
 
-def step_case(table: TableSettings, split: Split, models: int, device: torch.device) -> Case:
-    """One training step of 100 examples: an epoch of a split of that size."""
+def step_case(table: Table, data: Dataset, models: int, device: torch.device) -> Case:
+    """One training step: an epoch of a split that is one batch."""
     generator = torch.Generator().manual_seed(0)
-    stack = StackedMLP(MLP(2, table, generator), models, device)
-    levels = torch.linspace(0.1, 0.5, models, device=device)
-    epochs = train_epochs(stack, split, levels, table, generator)
+    network = MLP(2, table.model, [generator]).select([0] * models).to(device)
+    levels = torch.linspace(0.1, 0.5, models).tolist()
+    epochs = train_epochs(network, data.train, levels, table.training, generator.get_state())
     next(epochs)
-    operations = step_operations(table, models, len(split.labels))
+    operations = step_operations(table.model, models, len(data.train.inputs))
     return Case(f"(c) training step, K = {models}", lambda: next(epochs), operations)
 
 
-def plain_case(demo: DemoSettings, data: Dataset, device: torch.device) -> Case:
-    """The epoch of (b) as one would write it: loops over models and over DataLoaders."""
-    generator = torch.Generator().manual_seed(0)
-    models = [MLP(2, demo, generator).to(device) for _ in demo.flood_levels]
-    options = {"lr": demo.learning_rate, "momentum": demo.momentum}
-    optimizers = [torch.optim.SGD(model.parameters(), **options) for model in models]
-    cross_entropy = nn.functional.cross_entropy
+def plain_case(demo: Demo, data: Dataset, device: torch.device) -> Case:
+    """The epoch of (b) as one would write it: loops over models and over DataLoaders.
 
-    def loader(split: Split, shuffle: bool) -> DataLoader:
-        tensors = map(torch.from_numpy, (split.inputs, split.labels, split.clean_labels))
-        return DataLoader(TensorDataset(*tensors), batch_size=demo.batch_size, shuffle=shuffle)
+    It scores the noisy labels only, which takes it as many products as both.
+    """
+    model = demo.model
+    shape = model.hidden_layers, model.hidden_units, model.batch_norm
+    networks = [reference.make_network(2, *shape).to(device) for _ in demo.flood_levels]
+    optimizers = [make_optimizer(network, demo.training) for network in networks]
 
-    train_loader = loader(data.train, shuffle=True)
-    loaders = [loader(getattr(data, name), shuffle=False) for name in SPLITS]
+    def batches(name: str, shuffle: bool = False) -> Iterator[tuple]:
+        split, size = getattr(data, name), demo.training.batch_size
+        tensors = map(torch.from_numpy, (split.inputs, split.noisy_labels))
+        for batch in DataLoader(TensorDataset(*tensors), batch_size=size, shuffle=shuffle):
+            yield tuple(tensor.to(device) for tensor in batch)
 
     def epoch() -> None:
-        for model, optimizer, level in zip(models, optimizers, demo.flood_levels):
-            model.train()
-            for inputs, labels, _ in train_loader:
-                loss = cross_entropy(model(inputs.to(device)), labels.to(device))
-                optimizer.zero_grad()
-                ((loss - level).abs() + level).backward()
-                optimizer.step()
-            model.eval()
-            with torch.no_grad():
-                for split_loader in loaders:
-                    losses, correct = [0.0, 0.0], [0, 0]
-                    for inputs, *targets in split_loader:
-                        logits = model(inputs.to(device))
-                        predicted = logits.argmax(dim=1)
-                        for i, labels in enumerate(targets):
-                            labels = labels.to(device)
-                            losses[i] += cross_entropy(logits, labels, reduction="sum").item()
-                            correct[i] += (predicted == labels).sum().item()
+        for network, optimizer, b in zip(networks, optimizers, demo.flood_levels):
+            reference.train_epoch(network, batches("train", shuffle=True), b, optimizer)
+            for name in SPLITS:
+                for batch in batches(name):
+                    reference.evaluate(network, *batch)
 
     return Case("(d) the same epoch, plain loop", epoch, demo_operations(demo, data))
 
@@ -154,20 +175,24 @@ def timed(call: Callable[[], object], device: torch.device, repeats: int) -> flo
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    for _ in range(repeats):
-        call()
+    with torch.set_grad_enabled(True):
+        for _ in range(repeats):
+            call()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - start) / repeats
 
 
-def main(benchmark: BenchmarkSettings) -> None:
+def main(benchmark: Benchmark) -> None:
     with settings.ending_on(settings.SettingError, status=2):
         device = prepare_process(benchmark.device)
-    demo, table = DemoSettings(epochs=ENDLESS), TableSettings(epochs=ENDLESS)
-    data = make_dataset(demo, seed=0)
+    demo, table = (
+        replace(script.filled(), training=replace(script.filled().training, epochs=ENDLESS))
+        for script in (Demo(), Table())
+    )
+    data = make_dataset(demo.data, seed=0)
     limits = limit_cases(device)
-    training = [step_case(table, data.train, models, device) for models in MODELS_AT_ONCE]
+    training = [step_case(table, data, models, device) for models in MODELS_AT_ONCE]
     demos = [demo_case(demo, data, device), plain_case(demo, data, device)]
     cases = [*limits, demos[0], *training, demos[1]]
 
@@ -184,24 +209,35 @@ def main(benchmark: BenchmarkSettings) -> None:
 
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     rates = {case.name: case.operations / medians[case.name] / 1e9 for case in cases}
-    limit = max(rates[case.name] for case in limits)
+    if device.type == "cpu":
+        rates = {"(a) NumPy, 1 x 4000x500x500": numpy_rate(), **rates}
+    best = max((name for name in rates if name.startswith("(a)")), key=rates.get)
+    report(device, benchmark.rounds, medians, rates, best)
+    epoch, plain = (medians[case.name] for case in demos)
+    at_limit = demos[0].operations / rates[best] / 1e9
+    print(
+        f"\nthe limit is {rates[best]:.0f} GFLOP/s, by {best.removeprefix('(a) ')}\n"
+        f"(b) takes {epoch / at_limit:.2f} times as long as at the limit\n"
+        f"(b) is {plain / epoch:.1f} times as fast as (d)"
+    )
+
+
+def report(
+    device: torch.device, rounds: int, medians: dict[str, float], rates: dict[str, float], best: str
+) -> None:
+    """Print the rates, and how near each comes to the best of (a)."""
     on_gpu = device.type == "cuda"
     machine = torch.cuda.get_device_name() if on_gpu else platform.processor()
+    ours = "oneDNN" if prefers_convolution(device) else "bmm"
     print(
-        f"{machine or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, {benchmark.rounds} rounds\n\n"
-        f"{'':36}{'ms':>10}{'GFLOP/s':>10}{'of (a)':>8}"
+        f"{machine or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {rounds} rounds; "
+        f"stacked products by {ours}\n\n{'':36}{'ms':>10}{'GFLOP/s':>10}{'of (a)':>8}"
     )
     for name, rate in rates.items():
-        print(f"{name:36}{1000 * medians[name]:10.2f}{rate:10.0f}{rate / limit:8.2f}")
-    epoch, plain = (medians[case.name] for case in demos)
-    epochs = DemoSettings().epochs
-    demo_seconds = epochs * demos[0].operations / limit / 1e9
-    print(
-        f"\n(b) is {plain / epoch:.1f} times as fast as (d)\nthe limit (a), {limit:.0f} GFLOP/s, "
-        f"would take {demo_seconds:.1f} s for the whole demo, {epochs} times (b)"
-    )
+        shown = f"{1000 * medians[name]:10.2f}" if name in medians else f"{'':10}"
+        print(f"{name:36}{shown}{rate:10.0f}{rate / rates[best]:8.2f}")
 
 
 if __name__ == "__main__":
-    main(settings.parse_flags(BenchmarkSettings, __doc__))
+    main(settings.parse_flags(Benchmark, __doc__))
