@@ -5,73 +5,29 @@ With J >= 0 the mean loss of a mini-batch and b >= 0 the flood level, training m
 
     |J - b| + b
 
-which is gradient descent while J is above b and gradient *ascent* while it is below: the loss
-floats around b instead of sinking to zero. This file needs nothing but torch; copy it.
+which is gradient descent while J is above b and gradient *ascent* while it is below: J floats
+around b. Choose b on validation data, 0 (no flooding) among the levels. This file needs nothing
+but torch; copy it.
 
-    loss = cross_entropy(model(inputs), labels)      # log this one: flooded, it is never below b
-    flood(loss, 0.1).backward()
+    flood(loss, 0.1).backward()  # instead of loss.backward()
 
-`Flooding` is for loops that take a criterion; its plain loss, to log, is the criterion's own:
+`Flooding` wraps a criterion. `flood_gradients` floods after `backward()`, where the batch of a step
+comes in parts: accumulation, DDP. `examples/` has the loops. What goes wrong silently:
 
-    criterion = Flooding(torch.nn.CrossEntropyLoss(), 0.1)
-    criterion(outputs := model(inputs), labels).backward()
-    loss = criterion.criterion(outputs.detach(), labels)
-    criterion.eval()             # before validation, .train() after: the model's do not reach it
-
-Where the batch of one step comes in parts, by accumulation or on the ranks of DDP, flooding each
-part's mean is another method as soon as the parts lie on both sides of b; with parts of a single
-example it is iFlood (ICLR 2022). Flooding the whole batch is exact afterwards, since the gradient
-of |J - b| + b is sign(J - b) times that of J: add up plain gradients, and J beside them.
-
-    mean = torch.zeros((), device=device)
-    for inputs, labels in parts:
-        loss = cross_entropy(model(inputs), labels) * len(labels) / batch_size
-        scaler.scale(loss).backward()                # without a GradScaler: loss.backward()
-        mean += loss.detach()                        # not the scaled loss
-    torch.distributed.all_reduce(mean.div_(ranks))   # DDP averages gradients, so average J
-    flood_gradients(model.parameters(), mean, 0.1)   # unscale_ and clipping: before or after
-    scaler.step(optimizer)
-
-That is exact for a plain mean over examples if `batch_size`, of all parts, is equal on all ranks.
-With class weights or ignored labels, cross-entropy's mean divides by the weights of the labels that
-count. Take their sum over the whole batch (weights are 1 without any); sizes may differ then:
-
-    total = class_weights[torch.cat([labels[labels != -100] for _, labels in parts])].sum()
-    torch.distributed.all_reduce(total.div_(ranks))                               # before the loop
-    loss = cross_entropy(model(inputs), labels, class_weights, reduction="sum") / total     # in it
-
-In a Hugging Face trainer (5.24) the parts add up to J if the model divides its loss by
-`num_items_in_batch`, as most causal language models do. Most other models ignore it, and J and the
-gradient come out times the number of parts; give the trainer `compute_loss_func=mean_of_step` then.
-
-    def mean_of_step(outputs, labels, num_items_in_batch):
-        logits, labels = outputs.logits.flatten(0, -2), labels.flatten()
-        return cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
-
-    class FloodingTrainer(transformers.Trainer):
-        mean = 0.0
-        def training_step(self, *args, **kwargs):
-            loss = super().training_step(*args, **kwargs)     # this part's share of J
-            self.mean = self.mean + loss
-            if self.accelerator.sync_gradients:               # it was the last part
-                mean, self.mean = self.accelerator.reduce(self.mean, "mean"), 0.0
-                flood_gradients(self.model.parameters(), mean, 0.1)
-            return loss
-
-What goes wrong silently:
-
-- b has the unit of J: nats for cross-entropy only.
-- b must be above the lowest J that can be reached: label smoothing of 0.1 keeps cross-entropy
-  above 0.500 (10 classes) or 0.291 (3), and penalties inside J come on top. Log the share of
-  steps with J below b: 0 % means that b does nothing.
-- Weight decay in the optimizer is outside J and is not flooded.
-- J summed, divided or scaled before `flood` meets a b of another size. Scale the flooded loss.
+- A flooded loss is never below b: log the plain one, and the share of steps with J below b. 0 %:
+  b does nothing, as below the lowest J that can be reached (with label smoothing of 0.1
+  cross-entropy stays above 0.500 for 10 classes, 0.291 for 3). 100 % without a rise: J lies flat at
+  0 (hinge, triplet with all margins kept) and has no gradient to be lifted by.
+- b has the unit of J, nats for cross-entropy only. J summed, divided or scaled before `flood` meets
+  a b of another size: scale the flooded loss. Weight decay in the optimizer is outside J.
+- Flooding each part of a batch is another method, with parts of one example iFlood (ICLR 2022).
+- FGM, PGD and the like, between backward and step, walk downhill while J is below b: flood with
+  `flood_gradients` after them, J then being the mean of plain and adversarial loss.
+- `model.eval()` does not reach a `Flooding` outside the model; `torch.no_grad()` does.
 - In bfloat16, 49 of the 2 001 values 0.09, 0.09001, ..., 0.11 equal b = 0.1. Flood in float32.
-- An infinite J leaves the gradients as they are. A NaN one multiplies them by zero, like J = b:
-  finite ones vanish, others are NaN, so that a GradScaler leaves out an overflowing step as ever.
+- An infinite J leaves gradients as they are, a NaN one multiplies them by 0: finite ones vanish,
+  others are NaN, so that a GradScaler leaves out an overflowing step as ever.
 - The level is not in the state_dict: after loading a checkpoint, set it again.
-
-Choose b on validation data; 0 is training without flooding.
 """
 
 from __future__ import annotations
@@ -89,10 +45,9 @@ def flood(loss: Tensor, level: float | Tensor) -> Tensor:
 
     Args:
         loss: mean loss J of a mini-batch in nats, a scalar; or, of K models at once, one such mean
-            each, [K] or [1, K], or the losses of n examples, [n, K] (flooding each is iFlood).
+            each, [K] or [1, K], or the losses of n examples, [n, K], each of which is flooded then.
         level: the flood level b in nats, a finite number >= 0 or a scalar tensor; for K models one
-            level each, [K], so that flooding examples is never an accident. No gradient flows into
-            it.
+            each, [K]: a scalar would let an unreduced loss pass. No gradient flows into it.
 
     Shape and dtype are the loss's; where it equals the level the gradient is zero. The loss itself
     is returned under `torch.no_grad()`, so that no validation loss is flooded, and when the level
@@ -156,6 +111,7 @@ class Flooding(nn.Module):
 
     The mode is the criterion's own: unless it is a part of the model, `model.eval()` leaves it in
     training mode, and a validation loss with gradients enabled is flooded. Call its `eval()` too.
+    The plain loss, to log, is its `criterion(outputs.detach(), labels)`.
 
     Args:
         criterion: any callable, `nn.Module` or not, that returns the scalar mean loss of a
