@@ -14,10 +14,10 @@ but torch; copy it.
 `Flooding` wraps a criterion. `flood_gradients` floods after `backward()`, where the batch of a step
 comes in parts: accumulation, DDP. `examples/` has the loops. What goes wrong silently:
 
-- A flooded loss is never below b: log the plain one, and the share of steps with J below b. 0 %:
-  b does nothing, as below the lowest J that can be reached (with label smoothing of 0.1
-  cross-entropy stays above 0.500 for 10 classes, 0.291 for 3). 100 % without a rise: J lies flat at
-  0 (hinge, triplet with all margins kept) and has no gradient to be lifted by.
+- A flooded loss is never below b: log the plain one, and the share of steps with J below b. If it
+  is 0 %, b does nothing; it may be below the lowest J there is (label smoothing of 0.1 keeps
+  cross-entropy above 0.500 with 10 classes, 0.291 with 3). If it is 100 % and J does not rise, J
+  lies flat at 0 (hinge, triplet with all margins kept) and has no gradient to be lifted by.
 - b has the unit of J, nats for cross-entropy only. J summed, divided or scaled before `flood` meets
   a b of another size: scale the flooded loss. Weight decay in the optimizer is outside J.
 - Flooding each part of a batch is another method, with parts of one example iFlood (ICLR 2022).
