@@ -1,0 +1,273 @@
+"""How RESULTS.md says figures, and its sections of statistics: what a sceptic asks of the table.
+
+A section is a function of the raw figures that returns its sentences, which the README may quote,
+and its paragraphs: how to read a table, and the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import pandas as pd
+import recount
+from recount import ACCURACY, LOSS, SETTING, TIES, Raw, gain, summarize
+
+from results import SIGNIFICANCE, table_rows
+from settings import SCORED_EPOCHS
+
+LETTERS = dict(zip(SCORED_EPOCHS, "AB"))
+Section = tuple[list[str], list[str]]
+
+
+def number(value: float, digits: int = 1, sign: bool = False) -> str:
+    """Return a number as text, without a minus before zero; - is what is not known."""
+    rounded = round(float(value), digits) + 0.0
+    return "-" if math.isnan(rounded) else f"{rounded:{'+' * sign}.{digits}f}"
+
+
+def interval(row: Mapping[str, float], scale: float = 100, digits: int = 1, p: str = "") -> str:
+    """Return a difference with its interval and, under the name `p`, an adjusted p-value."""
+    mean, low, high = (number(scale * row[name], digits, True) for name in ("mean", "low", "high"))
+    text = mean if low == "-" else f"{mean} [{low}, {high}]"
+    if not p or math.isnan(row[p]):
+        return text
+    return f"{text}, p {row[p]:.3f}" if row[p] >= 0.001 else f"{text}, p < 0.001"
+
+
+def shown(summary: pd.DataFrame, scale: float = 100, digits: int = 1, p: str = "") -> pd.Series:
+    """Return the rows of `summarize` as texts."""
+    return summary.apply(interval, axis=1, args=(scale, digits, p))
+
+
+def shown_flip(summary: pd.DataFrame) -> pd.Series:
+    """Return the adjusted p of the sign-flip test as texts."""
+    return summary.flip_adjusted.map(lambda p: number(p, 3))
+
+
+def mean_of(rows: pd.DataFrame, column: str = ACCURACY) -> pd.Series:
+    """Return a column's mean over the trials of each setting, accuracies in %, as texts."""
+    scale, digits = (100, 1) if column == ACCURACY else (1, 2)
+    means = scale * rows.groupby(SETTING, sort=False)[column].mean()
+    return means.map(lambda mean: number(mean, digits))
+
+
+def by_setting(columns: Mapping[str, pd.Series]) -> str:
+    """Return a table with a line a setting, and each column for A and for B."""
+    texts = {
+        f"{letter}: {title}": column.xs(epoch, level="scored_epoch")
+        for epoch, letter in LETTERS.items()
+        for title, column in columns.items()
+    }
+    order = next(iter(texts.values())).index
+    table = pd.DataFrame({title: column.reindex(order) for title, column in texts.items()})
+    table = table.fillna("-")
+    lines = []
+    for index, row in table[(table != "-").any(axis=1)].iterrows():
+        data = dict(zip(order.names, index))
+        name = data["dataset"]
+        name += f", τ = {data['spiral_noise']:g}" if data["spiral_noise"] else ""
+        name += f", {100 * data['label_noise']:g}%" if "label_noise" in data else ""
+        lines.append({"setting": name, **row})
+    return table_rows(lines)
+
+
+def counted(values: pd.DataFrame | pd.Series, epoch: str) -> pd.DataFrame | pd.Series:
+    """Return what sentences count: the rows of one scored epoch without spiral noise."""
+    return values.xs((epoch, 0.0), level=("scored_epoch", "spiral_noise"))
+
+
+def of_both(say: Callable[[str], str], between: str = "; ") -> str:
+    """Say something of A and of B."""
+    return between.join(f"in {letter} {say(epoch)}" for epoch, letter in LETTERS.items())
+
+
+def size(summary: pd.DataFrame, epoch: str, unit: str = "") -> str:
+    """Say how large a gain is in points: on average over the settings (from where to where)."""
+    mean = 100 * counted(summary, epoch)["mean"]
+    average, low, high = (number(value, 1, True) for value in (mean.mean(), mean.min(), mean.max()))
+    return f"{average}{unit} ({low} to {high})"
+
+
+def adjusted(summary: pd.DataFrame) -> str:
+    """Say over how many comparisons the p-values of `summarize` are adjusted."""
+    if summary.p.count():
+        return f"adjusted over {summary.p.count()} comparisons"
+    return "not there with fewer than ten trials"
+
+
+def verdict(summary: pd.DataFrame) -> str:
+    """Say of A and B how large a gain is, in how many settings it is positive, and how surely."""
+    tested = summary.p.notna().all()
+
+    def say(epoch: str) -> str:
+        rows = counted(summary, epoch)
+        sure = rows[rows.p_adjusted < SIGNIFICANCE if tested else rows.low * rows.high > 0]["mean"]
+        ahead, surely, behind = ((some > 0).sum() for some in (rows["mean"], sure, -sure))
+        return (
+            f"{size(summary, epoch, ' points on average')}, ahead in {ahead} of {len(rows)} "
+            f"settings, surely in {surely or 'none'}, and surely behind in {behind or 'none'}"
+        )
+
+    how = f"by a paired t-test at 5%, {adjusted(summary)}"
+    if not tested:
+        how = "by the 95% interval; with fewer than ten trials there are no p-values"
+    return f"{of_both(say)} (surely: {how})"
+
+
+def two_tests(raw: Raw) -> Section:
+    """The gains of the table, by a t-test and a sign-flip test."""
+    gains = raw.over("highest", "without")
+    how = (
+        "The gain of flooding over no flooding, with the p of a paired t-test and that of an exact "
+        "sign-flip test, which takes nothing as normal: the share of all ways to set the signs of "
+        "the trials' gains whose sum is as far from 0 as the one that was seen. Each p is "
+        f"{adjusted(gains)}."
+    )
+    columns = {"gain": shown(gains, p="p_adjusted"), "sign-flip p": shown_flip(gains)}
+    return [], [how, by_setting(columns)]
+
+
+def other_trials(raw: Raw) -> Section:
+    """What is left of the gain where a trial has no part in the choice of its b."""
+    ways = raw.ways
+    gains, own = raw.over("other trials", "without"), raw.over("highest", "without")
+
+    def say(epoch: str) -> str:
+        return f"{size(gains, epoch)} where each trial's own choice gains {size(own, epoch)}"
+
+    sentence = f"With b chosen by the other trials alone flooding gains, in points, {of_both(say)}."
+    how = (
+        "The level of best mean validation accuracy over the other trials, the highest of those "
+        "that tie, and its gain over no flooding in the trial that had no part in the choice, "
+        "beside the gain of each trial's own choice. The folds overlap, so there is no p, and the "
+        "interval is somewhat too narrow."
+    )
+    columns = {"b": mean_of(ways["other trials"], "flood_level"), "gain": shown(gains)}
+    return [sentence], [how, by_setting({**columns, "own choice": shown(own)})]
+
+
+def three_rules(raw: Raw) -> Section:
+    """Whether it matters which of the levels that tie is taken."""
+    names = {"highest": "highest b", "lower loss": "lower validation loss", "lowest": "lowest b"}
+    sides = {"gain": "without", "fair gain": "best start"}
+    lines, significant = [], []
+    for ties in TIES:
+        line = {"ties go to": f"the {names[ties]}"}
+        for title, side in sides.items():
+            if side not in raw.ways:
+                continue
+            gains = raw.over(ties, side)
+            sure = gains.query("spiral_noise == 0 and p_adjusted < @SIGNIFICANCE and mean > 0")
+            for epoch, letter in LETTERS.items():
+                count = (sure.index.get_level_values("scored_epoch") == epoch).sum()
+                tested = f", {count} significant" if gains.p.notna().all() else ""
+                line[f"{letter}: {title}"] = f"{size(gains, epoch)}{tested}"
+            line[f"comparisons of {title}"] = str(gains.p.count())
+            if side == "without" and gains.p.notna().all():
+                significant.append({*sure.index})
+        lines.append(line)
+    shares = recount.share_of_ties(raw.levels)
+    decided = of_both(lambda epoch: f"in {100 * counted(shares, epoch).mean():.0f}%", ", ")
+    sentence = f"Several levels share the best validation accuracy {decided} of the choices"
+    if any(significant):
+        sentence += (
+            f"; of the {len(significant[0])} significant gains of flooding over no flooding "
+            f"{len(set.intersection(*significant))} are significant under all three rules for ties"
+        )
+    how = (
+        "Gains in points under each rule, on average over the settings (from where to where), and "
+        "how many are significant and positive, by t-tests adjusted over as many comparisons as "
+        "stand there; the fair gain is that over the best start without flooding."
+    )
+    return [f"{sentence}."], [how, table_rows(lines)]
+
+
+def label_noise(raw: Raw) -> Section:
+    """What more label noise changes."""
+    chosen, without = raw.ways["highest"], raw.ways["without"]
+    gains = summarize(recount.from_low_to_high_noise(gain(chosen, without)))
+    levels = summarize(recount.from_low_to_high_noise(chosen.flood_level))
+    low, high = (f"{100 * end(raw.levels.label_noise):g}%" for end in (min, max))
+
+    def say(epoch: str) -> str:
+        rows = shown(counted(gains, epoch)).items()
+        return ", ".join(f"by {text} ({index[0]})" for index, text in rows)
+
+    sentence = (
+        f"From {low} to {high} label noise the gain of flooding changes, in points, {of_both(say)}."
+    )
+    how = f"How gain and chosen b change from {low} to {high} label noise, each seed beside itself:"
+    return [sentence], [how, by_setting({"gain": shown(gains), "b": shown(levels, 1, 2)})]
+
+
+def calibration(raw: Raw) -> Section:
+    """How many trainings lose to a coin, and what being too sure costs."""
+    ways = {"without": raw.ways["without"], "with": raw.ways["highest"], "all levels": raw.levels}
+    figures = {way: recount.calibration(rows) for way, rows in ways.items()}
+
+    def say(epoch: str) -> str:
+        above = {way: counted(figures[way], epoch).above.sum() for way in ways}
+        models = counted(figures["without"], epoch).models.sum()
+        counts = f"{above['without']} of {models} trainings without flooding"
+        return f"in {counts} and {above['with']} with it"
+
+    sentence = f"The test loss is above ln 2, a coin's, {of_both(say)}."
+    how = (
+        "How many trainings have a test loss above ln 2, and the *excess*, by how many nats the "
+        "loss is above the entropy of the accuracy: that is the loss of a classifier that gives "
+        "each of its answers its accuracy as probability, and what is above it is the price of "
+        "being too sure. *With* is the chosen b, *all levels* every training of the table."
+    )
+    columns = {
+        f"{way}, above ln 2": rows.above.astype(str) + " of " + rows.models.astype(str)
+        for way, rows in figures.items()
+    }
+    for way in ("without", "with"):
+        columns[f"{way}, excess"] = figures[way].excess.map(lambda nats: number(nats, 2, True))
+    return [sentence], [how, by_setting(columns)]
+
+
+def accuracy_and_loss(raw: Raw) -> Section:
+    """Where validation accuracy and validation loss choose different b."""
+    accuracy, loss = raw.ways["highest"], raw.ways["validation loss"]
+    level, points, nats = (
+        raw.over("validation loss", "highest", column) for column in ("flood_level", ACCURACY, LOSS)
+    )
+
+    def say(epoch: str) -> str:
+        rows = counted(level, epoch)
+        lower, higher = (rows.high < 0).sum(), (rows.low > 0).sum()
+        return f"lower in {lower} and higher in {higher} of {len(rows)} settings"
+
+    sentence = (
+        f"Chosen by validation loss instead of validation accuracy b is, where the interval of the "
+        f"change leaves 0 out, {of_both(say)}."
+    )
+    how = (
+        "b of best validation accuracy (ties to the highest), b of lowest validation loss, and how "
+        "the second choice changes b, test accuracy (points) and test loss (nats)."
+    )
+    columns = {"b by accuracy": mean_of(accuracy, "flood_level")}
+    columns |= {"b by loss": mean_of(loss, "flood_level"), "change of b": shown(level, 1, 2)}
+    columns |= {"change of accuracy": shown(points), "change of loss": shown(nats, 1, 2)}
+    return [sentence], [how, by_setting(columns)]
+
+
+def entropy_rule(raw: Raw) -> Section:
+    """What b fixed in advance at the entropy of the label noise gains or costs."""
+    ways = raw.ways
+    gains, chosen = raw.over("entropy", "without"), raw.over("entropy", "highest")
+    sentence = (
+        f"With b fixed in advance at the entropy of the label noise flooding gains over no "
+        f"flooding {verdict(gains)}."
+    )
+    how = (
+        "b = −p ln p − (1 − p) ln(1 − p) for a share p of flipped labels, known and fixed in "
+        "advance, rounded to the grid of levels, the same in all trials: what it gains over no "
+        f"flooding, and over b chosen by validation accuracy. p is of a t-test, {adjusted(gains)}."
+    )
+    columns = {"b": mean_of(ways["entropy"], "flood_level")}
+    columns["over no flooding"] = shown(gains, p="p_adjusted")
+    columns["over chosen b"] = shown(chosen, p="p_adjusted")
+    return [sentence], [how, by_setting(columns)]
