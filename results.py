@@ -1,6 +1,5 @@
-"""What the experiments' scores say: the chosen flood levels, a demo's outcome, the paper's table.
-
-Functions over pandas tables with a row a model, and the files that these are kept in.
+"""What the experiments' scores say: the chosen flood levels, a demo's outcome, the paper's table;
+and the files of raw figures that they are read from.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ MODEL = ["scored_epoch", "start", "flood_level"]  # what tells the rows of a tri
 FIGURES = ["epoch", *(f"{split}_{score}" for split in SPLITS[1:] for score in SCORES)]
 ORIGIN = ["commit", "torch", "device"]  # where a trial was trained
 COLUMNS = [*TRIAL, *SHARED, *MODEL, *FIGURES, *ORIGIN]
-
 SIGNIFICANCE = 0.05  # of the adjusted p-value that sets a gain in bold
 LEAST_TRIALS = 10  # with fewer a gain has its interval, and no p-value
 
@@ -92,7 +90,7 @@ def _summarize(last: pd.DataFrame, labels: str) -> str:
         line = f"{f'{level:g}' if level else 'no flooding':11}"
         for title, name in columns.items():
             digits, scale = (3, 1) if "loss" in name else (1, 100)
-            mean, deviation = scale * rows[name].mean(), scale * rows[name].std()
+            mean, deviation = (scale * figure for figure in rows[name].agg(["mean", "std"]))
             text = f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if trials > 1 else "")
             line += f"{text:>{len(title) + 3}}"
         if level in chosen:
@@ -181,15 +179,13 @@ def markdown(table: pd.DataFrame) -> str:
         f"over no flooding, paired, with its 95% interval."
     )
     if starts:
-        text += (
-            f" Best of {starts} starts: trainings without flooding from weights of their own, "
-            f"chosen by the same rule. Fair gain: of flooding over that."
-        )
+        text += f" Best of {starts} starts: trainings without flooding from weights of their own, "
+        text += "chosen by the same rule. Fair gain: of flooding over that."
     if known.gain_p:
         text += (
             f" p: of a t-test, adjusted (Benjamini-Hochberg) over {known.gain_p} gains and over "
-            f"{known.fair_gain_p} fair gains; bold: below {SIGNIFICANCE:g}."
         )
+        text += f"{known.fair_gain_p} fair gains; bold: below {SIGNIFICANCE:g}."
     for labels in ("noisy", "clean"):
         for letter, scored_epoch in zip("AB", SCORED_EPOCHS):
             shown = table[(table.labels == labels) & (table.scored_epoch == scored_epoch)]
@@ -244,8 +240,11 @@ class TrialsError(Exception):
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """Read a table back, every bit of its floats."""
-    return pd.read_csv(path, float_precision="round_trip", dtype=dict.fromkeys(ORIGIN, str))
+    """Read a table back, every bit of its floats, which pandas' own reading may round."""
+    frame = pd.read_csv(path, dtype=dict.fromkeys(ORIGIN, str))
+    floats = frame.select_dtypes("float").columns
+    frame[floats] = pd.read_csv(path, usecols=floats, dtype=str).astype(float)
+    return frame
 
 
 def read_trials(
@@ -267,7 +266,7 @@ def read_trials(
         if trials.empty or trials.isna().any(axis=None):
             raise TrialsError(f"{path}: is cut short, figures are missing")
         for name, value in shared.items():
-            if (other := trials[name][trials[name] != value]).size:
+            if len(other := trials[name][trials[name] != value]):
                 raise TrialsError(f"{path}: {name} is {other.iloc[0]}, and {value} is asked for")
         files.append(trials)
     trials = add_trials(*files).drop_duplicates([name for name in COLUMNS if name not in ORIGIN])

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from datasets import DATASETS, DataSettings, best_possible_accuracy, flip_labels, make_dataset
+from datasets import DATASETS, Data, best_possible_accuracy, flip_labels, make_dataset
 from settings import FIGURES_VERSION, SPLITS, SettingError
 
 SIZES = {
@@ -18,16 +18,12 @@ SIZES = {
 }
 
 
-def settings(dataset, label_noise=0.1, **changes):
-    return DataSettings(dataset=dataset, label_noise=label_noise, **changes)
-
-
 def draw(dataset, label_noise=0.1, seed=3, **changes):
-    return make_dataset(settings(dataset, label_noise, **changes), seed)
+    return make_dataset(Data(dataset=dataset, label_noise=label_noise, **changes), seed)
 
 
 def flips(split):
-    return list(np.flatnonzero(split.labels != split.clean_labels))
+    return list(np.flatnonzero(split.noisy_labels != split.clean_labels))
 
 
 @pytest.mark.parametrize("dataset", SIZES)
@@ -38,17 +34,19 @@ def test_shapes_types_balance_and_exact_count_of_flipped_labels(dataset, label_n
     for name, samples in zip(SPLITS, SIZES[dataset]):
         split = getattr(data, name)
         assert split.inputs.shape == (samples, dimensions) and split.inputs.dtype == np.float32
-        assert split.labels.shape == split.clean_labels.shape == (samples,)
-        assert split.labels.dtype == split.clean_labels.dtype == np.int64
-        assert set(split.labels) == {0, 1} and len(flips(split)) == int(label_noise * samples)
+        assert split.noisy_labels.shape == split.clean_labels.shape == (samples,)
+        assert split.noisy_labels.dtype == split.clean_labels.dtype == np.int64
+        assert set(split.noisy_labels) == {0, 1} and len(flips(split)) == int(label_noise * samples)
         spread = 0 if dataset in ("gaussian", "spiral") else 2.5 / np.sqrt(samples)
         assert abs(split.clean_labels.mean() - 0.5) <= spread
     assert set(DATASETS) == set(SIZES)
+    filled = Data(dataset=dataset, label_noise=label_noise, val_samples=7).filled()
+    assert (filled.train_samples, filled.val_samples) == (SIZES[dataset][0], 7)
 
 
 def test_the_data_are_those_of_the_figures():
     """What other data would change: then FIGURES_VERSION goes up, and these with it."""
-    assert FIGURES_VERSION == 1
+    assert FIGURES_VERSION == 2
     flipped = {
         "sinusoid2d": ([16, 54, 65, 75, 94], [14, 37, 51, 71, 82], [12, 29, 64, 75, 86]),
         "spiral": ([12, 40, 69, 110, 147], [44, 92, 97, 112, 130], [12, 29, 64, 75, 86]),
@@ -137,11 +135,11 @@ def test_same_seed_same_bits_whatever_else_changes(dataset):
     base = draw(dataset, spiral_noise=0.5)
     changed = draw(dataset, spiral_noise=0.5, train_samples=37)
     quiet = draw(dataset, 0.0, spiral_noise=0.5)
-    for name, field in itertools.product(SPLITS, ("inputs", "labels", "clean_labels")):
+    for name, field in itertools.product(SPLITS, ("inputs", "noisy_labels", "clean_labels")):
         bits = getattr(getattr(base, name), field)
         if name != "train":
             np.testing.assert_array_equal(bits, getattr(getattr(changed, name), field))
-        if field != "labels":
+        if field != "noisy_labels":
             np.testing.assert_array_equal(bits, getattr(getattr(quiet, name), field))
 
 
@@ -155,23 +153,25 @@ def test_flipped_labels_are_drawn_evenly():
 
 @pytest.mark.parametrize("label_noise", [0.0, 0.1])
 def test_best_accuracy_of_gaussian_is_that_of_its_posterior(label_noise):
-    wanted = settings("gaussian", label_noise, test_samples=400_000)
+    wanted = Data(dataset="gaussian", label_noise=label_noise, test_samples=400_000)
     split = make_dataset(wanted, seed=11).test
     # log p(x|1) / p(x|0) = |x - (1, ..., 1)|^2 / 2 - |x|^2 / 2
     x = split.inputs.astype(float)
     best = ((x - 1) ** 2).sum(axis=1) > (x**2).sum(axis=1)
-    for labels, noise in ((split.labels, label_noise), (split.clean_labels, 0.0)):
+    for labels, noise in ((split.noisy_labels, label_noise), (split.clean_labels, 0.0)):
         expected = best_possible_accuracy(wanted, noise)
         assert (best == labels).mean() == pytest.approx(expected, abs=0.002)
 
 
 def test_best_accuracy_is_the_known_number():
-    assert best_possible_accuracy(settings("gaussian"), 0.0) == pytest.approx(0.943, abs=5e-4)
-    for dataset in ("spiral", "sinusoid", "sinusoid2d"):
-        assert best_possible_accuracy(settings(dataset), 0.1) == 0.9
-    few = settings("sinusoid", test_samples=15)  # of which one is flipped
-    assert best_possible_accuracy(few, 0.1) == pytest.approx(14 / 15)
-    assert np.isnan(best_possible_accuracy(settings("spiral", spiral_noise=1.0), 0.1))
+    def best(dataset, label_noise=0.1, **changes):
+        data = Data(dataset=dataset, label_noise=label_noise, **changes)
+        return best_possible_accuracy(data, label_noise)
+
+    assert best("gaussian", 0.0) == pytest.approx(0.943, abs=5e-4)
+    assert best("spiral") == best("sinusoid") == best("sinusoid2d") == 0.9
+    assert best("sinusoid", test_samples=15) == pytest.approx(14 / 15)  # one is flipped
+    assert np.isnan(best("spiral", spiral_noise=1.0))
 
 
 @pytest.mark.parametrize(
@@ -185,4 +185,4 @@ def test_best_accuracy_is_the_known_number():
 )
 def test_bad_settings_name_the_setting_and_the_value(name, value):
     with pytest.raises(SettingError, match=f"^{name} .*{value}"):
-        settings(**{"dataset": "spiral", name: value})
+        Data(**{"dataset": "spiral", "label_noise": 0.1, name: value})

@@ -1,147 +1,163 @@
-"""What the scores say: the chosen level, the statistics, the printed table, the README's."""
+"""What the scores say: the chosen level, a demo's outcome, the statistics, the printed table."""
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
+import itertools
+import json
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import PROJECT
+import scipy.stats
 
-from datasets import DataSettings
-from results import CELL, choose_flood_levels, compare, markdown, read_cells
-from run_table_synth import TableSettings
-
-
-def made_cells(figures, seed=0, stopping="last epoch", dataset="spiral", **setting):
-    """Rows of one cell from (flood level, val accuracy, val loss, test accuracy, clean)."""
-    names = ("flood_level", "val_accuracy_noisy", "val_loss_noisy")
-    rows = pd.DataFrame(figures, columns=[*names, "test_accuracy_noisy", "test_accuracy_clean"])
-    setting = {"label_noise": 0.05, "test_samples": 100, **setting}
-    data = DataSettings(dataset=dataset, **setting)
-    return rows.assign(**vars(data), stopping=stopping, seed=seed)
+from datasets import Data
+from results import choose_models, compare, conclude, csv_bytes, markdown, paired_gain, read_csv
 
 
-def table_of(without, flooded, **setting):
-    """A table whose trials have these test accuracies without and with flooding."""
-    return compare(
-        pd.concat(
-            made_cells([(0, 0.5, 1, a, 1.0), (0.25, 0.6, 1, b, 0.5)], seed, **setting)
-            for seed, (a, b) in enumerate(zip(without, flooded))
-        )
-    )
+def scores_of(figures, seed=0, scored_epoch="last", dataset="spiral", **setting):
+    """Rows of one trial from (flood level, val accuracy, val loss, test accuracy, clean, start)."""
+    names = ["flood_level", "val_accuracy_noisy", "val_loss_noisy", "test_accuracy_noisy"]
+    rows = [(*figure, 0)[:6] for figure in figures]
+    rows = pd.DataFrame(rows, columns=[*names, "test_accuracy_clean", "start"])
+    data = Data(dataset=dataset, **{"label_noise": 0.05, "test_samples": 100, **setting}).filled()
+    return rows.assign(**vars(data), scored_epoch=scored_epoch, seed=seed)
 
 
-def test_choice_is_by_accuracy_then_loss_then_the_lower_level():
-    rows = made_cells([(0, 0.8, 1, 0, 0), (0.1, 0.9, 0.3, 0, 0), (0.2, 0.9, 0.2, 0, 0)])
-    assert choose_flood_levels(rows, "noisy").flood_level.item() == 0.2
-    rows.val_loss_noisy = 0.5
-    assert choose_flood_levels(rows[::-1], "noisy").flood_level.item() == 0.1
-    rows.val_accuracy_noisy = 0.9
-    assert choose_flood_levels(rows[::-1], "noisy").flood_level.item() == 0
-    clean = rows.assign(val_accuracy_clean=[0.8, 0.7, 0.8], val_loss_clean=[0.2, 0.0, 0.1])
-    assert choose_flood_levels(clean, "clean").flood_level.item() == 0.2
-    two = pd.concat([rows, rows.assign(seed=1, val_accuracy_noisy=[0.1, 0.2, 0.3])])
-    chosen = choose_flood_levels(two, "noisy", ["seed"]).sort_values("seed")
-    assert list(chosen.flood_level) == [0, 0.2]
+def trials_of(without, flooded, **setting):
+    """Trials that have these test accuracies without and with flooding."""
+    trials = [
+        scores_of([(0, 0.5, 1, a, 1.0), (0.25, 0.6, 1, b, 0.5)], seed, scored_epoch, **setting)
+        for scored_epoch in ("last", "best")
+        for seed, (a, b) in enumerate(zip(without, flooded))
+    ]
+    return pd.concat(trials, ignore_index=True)
 
 
-def test_other_rules_for_ties_do_not_look_at_the_loss():
-    rows = made_cells([(0.1, 0.9, 0.3, 0, 0), (0.2, 0.9, 0.2, 0, 0), (0.3, 0.9, 0.4, 0, 0)])
+def test_the_highest_level_of_equals_is_chosen_and_other_rules_can_be_asked_for():
+    rows = scores_of([(0, 0.8, 1, 0, 0), (0.1, 0.9, 0.3, 0, 0), (0.2, 0.9, 0.2, 0, 0)])
+    rows = pd.concat([rows, scores_of([(0.3, 0.9, 0.4, 0, 0)])])
     for frame in (rows, rows[::-1]):
+        assert choose_models(frame, "noisy").flood_level.item() == 0.3
         for ties, level in (("lowest", 0.1), ("lower loss", 0.2), ("highest", 0.3)):
-            assert choose_flood_levels(frame, "noisy", ties=ties).flood_level.item() == level
-    cells = pd.concat([made_cells([(0, 0.9, 0.5, 0.7, 1)]), rows])
-    assert list(compare(cells, "lowest").flood_level_mean) == [0, 0]
-    assert list(compare(cells, "highest").flood_level_mean) == [0.3, 0.3]
+            assert choose_models(frame, "noisy", ties=ties).flood_level.item() == level
+    assert set(compare(rows, ties="lowest").flood_level_mean) == {0.1}
+    assert set(compare(rows).flood_level_mean) == {0.3}
+    rows["val_accuracy_clean"] = [0.8, 0.7, 0.8, 0.1]
+    assert choose_models(rows, "clean").flood_level.item() == 0.2
+    two = pd.concat([rows, rows.assign(seed=1, val_accuracy_noisy=[0.4, 0.2, 0.3, 0.1])])
+    assert list(choose_models(two, "noisy", ["seed"]).sort_values("seed").flood_level) == [0.3, 0]
+
+
+def history_of(clean, noisy, seeds=1):
+    """A demo's history of two epochs; in the last levels 0, 0.1, ... have these val accuracies."""
+    rows = [
+        {"seed": seed, "flood_level": level / 10, "epoch": epoch, "val_accuracy_clean": a,
+         "val_accuracy_noisy": b, "val_loss_clean": level, "train_accuracy_noisy": 1 / 3,
+         "test_accuracy_clean": 0.8 + seed / 50, "test_loss_clean": 0.5, "train_batch_loss": np.nan}
+        for seed in range(seeds) for level, (a, b) in enumerate(zip(clean, noisy))
+        for epoch, a, b in ((0, 1 - a, 1 - b), (3, a, b))
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_a_demos_level_is_chosen_on_the_labels_asked_for(tmp_path):
+    history = history_of(clean=[0.9, 0.8, 0.9, 0.7], noisy=[0.9, 0.6, 0.7, 0.7])
+    outcome = conclude(history, {"select_on": "clean"})
+    assert (outcome.chosen, outcome.compared) == (0.2, 0.2)
+    [marked] = [line for line in outcome.summary.splitlines() if "<-" in line]
+    assert marked.split() == ["0.2", "33.3", "90.0", "80.0", "0.500", "<-", "chosen"]
+    noisy = conclude(history, {"select_on": "noisy"})
+    assert (noisy.chosen, noisy.compared) == (0, 0.3)  # no flooding, and the best of the others
+    alone = conclude(history[history.flood_level == 0], {"select_on": "noisy"})
+    assert (alone.chosen, alone.compared) == (0, 0)
+    # The same from the files that are kept.
+    (tmp_path / "history.csv").write_bytes(csv_bytes(history))
+    parameters = json.loads(json.dumps(outcome.parameters))
+    again = conclude(read_csv(tmp_path / "history.csv"), parameters)
+    pd.testing.assert_frame_equal(again.history, history, check_exact=True)
+    assert (again.chosen, again.compared, again.summary) == (0.2, 0.2, outcome.summary)
+
+
+def test_of_several_trials_the_mean_chooses_and_each_says_what_it_chose():
+    history = history_of([0.8, 0.7], [0, 0], seeds=3)
+    one = (history.seed == 1) & (history.epoch == 3) & (history.flood_level == 0)
+    history.loc[one, "val_accuracy_clean"] = 0.6
+    outcome = conclude(history, {"select_on": "clean"})
+    lines = outcome.summary.splitlines()
+    assert outcome.chosen == 0 and "mean ± standard deviation of 3 trials" in lines[0]
+    assert "73.3 ± 11.5" in lines[-2] and "82.0 ± 2.0" in lines[-2]
+    assert lines[-2].endswith("<- chosen by 2") and lines[-1].endswith("<- chosen by 1")
 
 
 def test_the_table_is_chosen_by_noisy_validation_labels():
-    cells = made_cells([(0, 0.6, 1, 0.7, 0.7), (0.1, 0.9, 1, 0.8, 0.9), (0.2, 0.8, 1, 0.9, 0.8)])
-    cells = cells.assign(val_accuracy_clean=[0.6, 0.8, 0.9], val_loss_clean=[1, 1, 0])
-    table = compare(cells)
+    rows = scores_of([(0, 0.6, 1, 0.7, 0.7), (0.1, 0.9, 1, 0.8, 0.9), (0.2, 0.8, 1, 0.9, 0.8)])
+    table = compare(rows.assign(val_accuracy_clean=[0.6, 0.8, 0.9]))
     assert list(table.labels) == ["noisy", "clean"] and set(table.flood_level_mean) == {0.1}
     assert list(table.with_flooding_mean) == [0.8, 0.9]
 
 
 def test_the_table_of_known_figures():
-    # Differences 0.10, 0.11, 0.12: t = 0.11 / (0.01 / sqrt(3)) = 19, p = 0.0027.
-    table = table_of([0.80, 0.80, 0.80], [0.90, 0.91, 0.92])
-    assert table.p_value[0] == pytest.approx(0.00274, abs=1e-5)
-    assert table.p_adjusted[0] == table.p_value[0]  # of one row
-    assert (table.trials[0], table.flood_level_mean[0], table.p_value[1]) == (3, 0.25, 0)
+    """Gains 0.10, 0.11, 0.12: their mean's error is 0.01 / sqrt(3), t of 2 degrees 4.303."""
+    trials = trials_of([0.80, 0.80, 0.80], [0.90, 0.91, 0.92])
+    table = compare(trials)
+    assert list(table.scored_epoch) == ["last", "best"] * 2
+    assert table.gain_low[0] == pytest.approx(0.11 - 4.3027 * 0.01 / 3**0.5, abs=1e-5)
+    assert table[["gain_p", "fair_gain_mean"]].isna().all(axis=None)  # too few trials, no search
     lines = markdown(table).splitlines()
-    assert lines[0].startswith("Test accuracy in %, mean (standard deviation) over 3 trials.")
-    assert "| spiral | 5% | 95.0 | 80.0 (0.0) | **91.0 (1.0)** | 0.25 (0.00) |" in lines
-    assert "| spiral | 5% | 100.0 | **100.0 (0.0)** | 50.0 (0.0) | 0.25 (0.00) |" in lines
-    assert "**" not in markdown(table_of([0.80, 0.90, 0.80], [0.82, 0.83, 0.84])).split("Clean")[0]
+    assert "over 3 trials" in lines[0] and "p:" not in lines[0]
+    row = "| spiral | 5% | 95.0 | 80.0 (0.0) | 91.0 (1.0) | 0.25 (0.00) | +11.0 [+8.5, +13.5] |"
+    assert lines.count(row) == 2  # A and B
+    assert any(line.endswith("100.0 (0.0) | 50.0 (0.0) | 0.25 (0.00) | -50.0 [-50.0, -50.0] |")
+               for line in lines)  # fmt: skip
+    one = markdown(compare(trials_of([0.8], [0.9])))
+    assert "| 80.0 | 90.0 | 0.25 | +10.0 |" in one and "nan" not in one
 
 
-def test_p_values_without_a_spread():
-    one = table_of([0.8], [0.9])
-    assert one[["p_value", "p_adjusted"]].isna().all(axis=None)
-    assert "over 1 trial." in markdown(one) and "| 80.0 (-) | 90.0 (-) |" in markdown(one)
-    assert table_of([0.8, 0.9], [0.8, 0.9]).p_value[0] == 1
+def test_p_values_of_ten_trials_are_adjusted_over_all_rows_of_the_same_labels():
+    spread = np.random.default_rng(0).normal(size=10) / 50
+    gains = {0.01: 0.005, 0.05: 0.03, 0.1: 0.05}
+    trials = pd.concat(
+        trials_of([0.8] * 10, 0.8 + gain + spread, label_noise=noise)
+        for noise, gain in gains.items()
+    )
+    table = compare(trials).query("labels == 'noisy' and scored_epoch == 'last'")
+    p = [scipy.stats.ttest_1samp(gain + spread, 0).pvalue for gain in gains.values()]
+    np.testing.assert_allclose(table.gain_p, p)
+    # Benjamini and Hochberg by hand: six comparisons, each p is there twice, in A and in B.
+    ranked = np.minimum.accumulate(np.array(p) * 6 / np.array([6, 4, 2]))
+    np.testing.assert_allclose(table.gain_p_adjusted, ranked)
+    assert "over 6 gains" in markdown(compare(trials))
+    assert markdown(compare(trials)).count("**+") == 2 * sum(ranked < 0.05) == 4
+    same = pd.Series([0.0] * 10)
+    assert [paired_gain("", same + gain)["_p"] for gain in (0, 0.1)] == [1, 0]
 
 
-@pytest.mark.parametrize(("noise", "noisy", "clean"), [(0, "95.0", "100.0"), (1, "unknown", None)])
-def test_the_best_possible_accuracy_is_left_out_where_it_is_not_known(noise, noisy, clean):
-    """The arms of the spiral overlap with noise, and there is no formula."""
-    table = table_of([0.8, 0.8], [0.9, 0.91], spiral_noise=float(noise))
-    assert table.best_possible.isna().all() == bool(noise)
-    of_noisy, of_clean = markdown(table).split("Clean test labels")
-    assert f"| spiral | 5% | {noisy} | " in of_noisy
-    assert f"| spiral | 5% | {clean or noisy} | " in of_clean and "nan" not in of_clean
+def test_the_fair_gain_is_over_the_best_start_of_the_same_trial():
+    without, flooded, best = [0.7] * 10, [0.9] * 10, [0.8 + seed / 100 for seed in range(10)]
+    starts = []
+    for scored_epoch, (seed, a) in itertools.product(("last", "best"), enumerate(best)):
+        figures = [(0.5, 1, 0.7), (0.6, 3, 0), (0.6, 2, a), (0.6, 2, 0)]  # the third is chosen
+        figures = [(0, *figure, 1, start) for start, figure in enumerate(figures)]
+        starts.append(scores_of(figures, seed, scored_epoch))
+    trials = pd.concat([trials_of(without, flooded), trials_of(without, flooded, spiral_noise=1.0)])
+    table = compare(trials.sample(frac=1, random_state=0), pd.concat(starts)[::-1])
+    first = table.query("labels == 'noisy' and spiral_noise == 0 and scored_epoch == 'last'").iloc[
+        0
+    ]
+    gains = np.array(flooded) - best
+    assert (first.starts, first.best_start_mean) == (4, pytest.approx(np.mean(best)))
+    assert first.fair_gain_mean == pytest.approx(gains.mean())
+    assert first.fair_gain_p == pytest.approx(scipy.stats.ttest_1samp(gains, 0).pvalue)
+    # The spiral with noise is a setting of its own, which has no starts, and no known optimum.
+    other = table[table.spiral_noise == 1]
+    assert len(other) == 4 and other.fair_gain_mean.isna().all() and other.trials.eq(10).all()
+    text = markdown(table)
+    assert (
+        "over 4 gains and over 2 fair gains" in text and "| best of 4 starts | fair gain |" in text
+    )
+    assert "| spiral, τ = 1 | 5% | unknown |" in text and "| - | - |" in text
 
 
-def test_adjusted_p_values():
-    """Benjamini and Hochberg by hand, over the rows of one kind of labels; NaN is no row."""
-    spread, tables = [0.0, 0.01, 0.02, 0.05], []
-    for k, gain in enumerate((0.01, 0.03, 0.06)):
-        figures = [[(0, 0.5, 1, 0.8, 1), (0.2, 0.6, 1, 0.8 + gain + s, 1)] for s in spread]
-        cells = [made_cells(rows, seed) for seed, rows in enumerate(figures)]
-        tables.append(pd.concat(cells).assign(label_noise=(k + 1) / 100))
-    single = made_cells([(0, 0.5, 1, 0.8, 1)], label_noise=0.5)
-    table = compare(pd.concat([*tables, single])).query("labels == 'noisy'")
-    assert table.p_adjusted.isna().tolist() == [False, False, False, True]
-    p = np.sort(table.p_value[:3])[::-1]
-    expected = np.minimum.accumulate(p * 3 / np.array([3, 2, 1]))
-    np.testing.assert_allclose(np.sort(table.p_adjusted[:3])[::-1], expected)
-
-
-@pytest.fixture(scope="module")
-def published():
-    """The published cells of the trials that are whole, read as a job would read them."""
-    paper = TableSettings()
-    levels = paper.flood_levels()
-    cells = read_cells([PROJECT / "figures" / "table_synth_cells.csv"], paper.shared(), levels)
-    settings = cells[CELL[:-1]].drop_duplicates()
-    whole = cells.groupby("seed").filter(lambda rows: len(rows) == len(settings) * 2 * len(levels))
-    assert len(settings) == 9 and sorted(whole.seed.unique()) == [*range(whole.seed.nunique())]
-    return whole
-
-
-def rows_of(text):
-    return [line for line in text.splitlines() if re.match(r"\| \w+ \| \d+% ", line)]
-
-
-def test_the_published_table_is_made_from_the_published_cells(published):
-    table = compare(published)
-    figures = PROJECT / "figures"
-    assert (figures / "table_synth.md").read_text() == markdown(table)
-    pd.testing.assert_frame_equal(pd.read_csv(figures / "table_synth.csv"), table)
-    readme = (PROJECT / "README.md").read_text()
-    [section] = re.findall(r"^## The paper's synthetic table\n(.*?)^## ", readme, re.M | re.S)
-    expected = rows_of(markdown(table).split("Clean test labels")[0])
-    assert len(expected) == 9 and rows_of(section) == expected
-
-
-def test_the_readme_compares_batch_and_example_as_the_claims_print_it():
-    command = [sys.executable, PROJECT / "figures" / "claims.py"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    readme = (PROJECT / "README.md").read_text()
-    [section] = re.findall(r"^## The batch's mean, or .*?\n(.*?)^## ", readme, re.M | re.S)
-    assert len(rows_of(printed)) == 9 and rows_of(section) == rows_of(printed)
+def test_best_possible_is_of_the_labels_that_are_meant():
+    table = compare(trials_of([0.8], [0.9]))
+    assert list(table.best_possible) == [0.95, 0.95, 1, 1]

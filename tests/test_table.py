@@ -1,69 +1,61 @@
-"""The synthetic table: small ones, killed, resumed, moved, put together from files, refused."""
+"""The synthetic table: small ones, stopped, resumed, put together from files, refused."""
 
 from __future__ import annotations
 
-import itertools
-import math
 import shutil
 import signal
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
-import mlflow
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import Folder, finish, one_line, wait_until
-from matplotlib.contour import ContourSet
 
 import datasets
-import plot
 import run_table_synth
-from datasets import DataSettings, make_dataset
+from datasets import Data, make_dataset
 from models import MLP
-from results import ORIGIN, compare, markdown
-from run_demo_synth import DemoSettings, conclude, train_trial
-from run_table_synth import TableSettings, train_cell
-from settings import ModelSettings, TrainSettings, parse_flags
-from train import train_with_early_stopping
+from results import COLUMNS, FIGURES, MODEL, ORIGIN, compare, markdown, read_csv
+from run_table_synth import FILES, Table, start_generator, train_trial
+from settings import Model, Training, parse_flags
+from tracking import TrackingError
+from train import score_last_and_best
 
 SCRIPT = "run_table_synth.py"
 SMALL = (
     *("--dataset", "gaussian", "sinusoid2d", "--label-noise", 0.1, "--trials", 4, "--seed", 5),
-    *("--flood-max", 0.6, "--flood-step", 0.3, "--epochs", 30, "--batch-size", 16),
-    *("--train-samples", 40, "--val-samples", 30, "--test-samples", 200),
+    *("--flood-max", 0.6, "--flood-step", 0.3, "--epochs", 12, "--batch-size", 16),
+    *("--train-samples", 40, "--val-samples", 30, "--test-samples", 200, "--no-batch-norm"),
     *("--hidden-layers", 2, "--hidden-units", 16, "--learning-rate", 0.003),
 )
-CELLS, LEVELS = 8, [0.0, 0.3, 0.6]
-CELLS_FILE = "table_synth_cells.csv"
+TRIALS, LEVELS = 8, [0.0, 0.3, 0.6]
+TRIALS_FILE, STARTS_FILE = FILES["levels"], FILES["starts"]
 PRINTED = ("table_synth.md", "table_synth.csv", "table_synth.png")
-FILES = (*PRINTED, CELLS_FILE)
-
-
-def read(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, engine="pyarrow")
-
-
-def cell_runs(folder: Folder) -> list[mlflow.entities.Run]:
-    return [run for run in folder.runs("flooding-table") if "dataset" in run.data.params]
+TRAINING = Training(optimizer="adam", learning_rate=0.003, batch_size=16, epochs=12)
+MODEL_SHAPE = Model(hidden_layers=2, hidden_units=16, batch_norm=False)
 
 
 def trained(folder: Folder) -> int:
-    """How many cells the folder's file has."""
-    path = folder.path / CELLS_FILE
-    return len(read(path)[["dataset", "seed"]].drop_duplicates()) if path.exists() else 0
+    """How many trials the folder's file has."""
+    path = folder.path / TRIALS_FILE
+    return len(read_csv(path)[["dataset", "seed"]].drop_duplicates()) if path.exists() else 0
 
 
-def assert_same_files(folder: Folder, whole: Folder, names: tuple[str, ...] = FILES) -> None:
+def assert_same_files(folder, whole, names=(*PRINTED, TRIALS_FILE)):
     for name in names:
         assert (folder.path / name).read_bytes() == (whole.path / name).read_bytes(), name
 
 
+def parse(monkeypatch, *flags):
+    monkeypatch.setattr("sys.argv", [SCRIPT, *map(str, flags)])
+    return parse_flags(Table, "")
+
+
 @pytest.fixture
 def no_training(monkeypatch):
-    monkeypatch.setattr(run_table_synth, "train_with_early_stopping", None)
+    monkeypatch.setattr(run_table_synth, "score_last_and_best", None)
 
 
 @pytest.fixture(scope="module")
@@ -72,276 +64,219 @@ def whole(tmp_path_factory, empty_store):
     folder = Folder(tmp_path_factory.mktemp("whole"))
     shutil.copy(empty_store, folder.path / "mlflow.db")
     result = folder.run(SCRIPT, *SMALL)
-    assert result.status == 0 and result.errors == "", result.errors
-    assert "8 cells of 3 flood levels, 0 trained before" in result.output
+    assert result.status == 0, result.errors
+    assert "8 trials of 3 levels, 0 trained before" in result.output
     assert (folder.path / "table_synth.md").read_text() in result.output
-    assert "viewStateShareKey=" in result.output.splitlines()[-1]
-    left = {path.name for path in folder.path.iterdir()} - {"mlflow.db", "mlruns"}
-    assert left == {*FILES, "table_synth.lock"}
     return folder
 
 
-def test_defaults_are_the_papers(monkeypatch, empty_folder):
-    """Protocol section 4."""
-    monkeypatch.chdir(empty_folder.path)
-    monkeypatch.setattr("sys.argv", [SCRIPT])
-    table = parse_flags(TableSettings, "")
-    expected = {
-        **{"dataset": ("gaussian", "sinusoid2d", "spiral"), "label_noise": (0.01, 0.05, 0.1)},
-        **{"trials": 10, "flood_max": 0.5, "flood_step": 0.01, "quick": False, "cells": ()},
-        **{"train_samples": None, "val_samples": None, "test_samples": None, "spiral_noise": 0.0},
-        **{"hidden_layers": 5, "hidden_units": 500, "batch_norm": False, "flood_on": "batch"},
-        **{"optimizer": "adam", "learning_rate": 0.001, "momentum": 0.0, "weight_decay": 0.0},
-        **{"batch_size": 100, "epochs": 500, "seed": 0, "device": "auto", "ray": None},
-        "output_dir": Path("."),
-    }
-    assert asdict(table) == expected
-    assert table.flood_levels() == [round(k / 100, 2) for k in range(51)]
-    grid = table.grid()
-    assert len(set(grid)) == 90 and [cell.seed for cell in grid[::9]] == [*range(10)]
-    monkeypatch.setattr("sys.argv", [SCRIPT, "--quick"])
-    quick = parse_flags(TableSettings, "")
-    assert asdict(quick) == {**expected, "quick": True, "trials": 2, "flood_step": 0.1}
-    assert quick.flood_levels() == [0, 0.1, 0.2, 0.3, 0.4, 0.5]
-    assert TableSettings(flood_step=0.03).flood_levels()[-2:] == [0.45, 0.48]
+def test_defaults_are_the_papers_with_the_released_network(monkeypatch):
+    """Protocol section 4, and the sizes of section 2; another network is a flag away."""
+    table = parse(monkeypatch)
+    assert table.model == Model(hidden_layers=4, hidden_units=500, batch_norm=True)
+    training = Training(optimizer="adam", learning_rate=0.001, batch_size=200, epochs=500)
+    assert table.training == training.filled()
+    assert table.list_models("levels") == [(0, round(k / 100, 2)) for k in range(51)]
+    assert table.list_models("starts") == [(k, 0.0) for k in range(51)]
+    assert [trial.seed for trial in table.list_trials()[::9]] == [*range(10)]
+    sizes = {"gaussian": 200, "sinusoid2d": 100, "spiral": 200}
+    assert [
+        (data.dataset, data.spiral_noise, data.label_noise, data.train_samples)
+        for data in table.list_settings()
+    ] == [(name, 0.0, noise, sizes[name]) for name in sizes for noise in (0.01, 0.05, 0.1)]
+    quick = parse(monkeypatch, "--quick")
+    assert (quick.trials, len(quick.list_models("levels"))) == (2, 6)
+    assert Table(flood_step=0.03).list_models("levels")[-2:] == [(0, 0.45), (0, 0.48)]
+    flags = ("--dataset", "gaussian", "--hidden-layers", 5, "--no-batch-norm", "--val-samples", 100)
+    candidate = parse(monkeypatch, *flags, "--train-samples", 100)
+    assert candidate.model == Model(hidden_layers=5, batch_norm=False)
+    assert {(x.train_samples, x.val_samples) for x in candidate.list_settings()} == {(100, 100)}
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--trials", 0], "--trials 0: at least 1"),
         (["--flood-max", -1], "--flood-max -1.0: a number of nats in (0, 100)"),
         (["--flood-step", "nan"], "--flood-step nan: from 0.0001 to --flood-max"),
-        (["--flood-step", 0.6], "--flood-step 0.6: from 0.0001 to --flood-max"),
+        (["--flood-max", 0.005], "--flood-step 0.01: from 0.0001 to --flood-max"),
         (["--label-noise", 0.1, 1.5], "--label-noise 1.5: a fraction in [0, 1)"),
-        (["--batch-norm", "--batch-size", 199], "--batch-size 199: with batch norm every"),
-        (["--dataset"], "--dataset"),
-        (["--label-noise"], "--label-noise"),
-        (["--dataset", "moons"], None),
-        (["--epochs", "many"], None),
+        (["--label-noise"], "--label-noise : at least one"),
+        (["--batch-size", 199], "--batch-size 199: with batch norm every"),
+        (["--output-dir", "/dev/null/x"], "--output-dir /dev/null/x: a folder that can be written"),
     ],
 )
 def test_bad_flags(empty_folder, flags, said):
     result = empty_folder.run(SCRIPT, *flags)
-    assert result.status == 2 and result.output == "" and "Traceback" not in result.errors
-    if said:
-        assert f"error: {said}" in one_line(result.errors)
-    else:  # tyro's box
-        assert all(flag in result.errors for flag in flags)
+    assert result.status == 2 and result.output == ""
+    assert f"error: {said}" in one_line(result.errors)
     assert not list(empty_folder.path.iterdir())
 
 
-def test_runs_in_mlflow(whole):
-    runs = cell_runs(whole)
-    cells = read(whole.path / CELLS_FILE)
-    assert len(runs) == CELLS and {run.data.params["seed"] for run in runs} == set("5678")
-    times = sorted((run.info.start_time, run.info.end_time) for run in runs)
-    assert all(start < end for start, end in times)
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(times))
-    for run in runs:
-        params = run.data.params
-        assert run.info.status == "FINISHED"
-        rows = cells[(cells.dataset == params["dataset"]) & (cells.seed == int(params["seed"]))]
-        constant = {name: str(value) for name, value in rows.loc[:, :"version"].iloc[0].items()}
-        assert params == {**constant, "setting": f"{params['dataset']}, noise 0.1"}
-        assert (run.data.tags["torch"], run.data.tags["device"]) == (torch.__version__, "cpu")
-        for stopping in ("last epoch", "early"):
-            for name in ("test_accuracy_noisy", "val_loss_clean", "epoch"):
-                curve = whole.curve(run, f"{stopping.replace(' ', '_')}/{name}")
-                assert curve == dict(enumerate(rows[rows.stopping == stopping][name]))
-        contexts = [entry.tags[0].value for entry in run.inputs.dataset_inputs]
-        assert contexts == ["train", "validation", "test"]
-    [table] = [run for run in whole.runs("flooding-table") if "dataset" not in run.data.params]
-    assert table.info.run_name == "table of 8 cells" and table.info.status == "FINISHED"
-    assert table.info.start_time <= times[0][0] and table.info.end_time >= times[-1][1]
-    assert {run.data.tags["table"] for run in runs} == {table.data.tags["table"]}
-    for name in FILES:
-        kept = whole.client.download_artifacts(table.info.run_id, name)
-        assert Path(kept).read_bytes() == (whole.path / name).read_bytes()
-
-
-def test_a_cell_is_a_training_with_early_stopping(whole):
-    cells = read(whole.path / CELLS_FILE)
-    cell = cells[(cells.seed == 6) & (cells.dataset == "gaussian")].reset_index(drop=True)
+def test_raw_figures_are_of_a_training_that_scores_last_and_best(whole):
+    raw = read_csv(whole.path / TRIALS_FILE)
+    assert list(raw) == COLUMNS and list(raw.seed) == sorted(raw.seed)
+    rows = raw[(raw.seed == 6) & (raw.dataset == "gaussian")].reset_index(drop=True)
     sizes = {"train_samples": 40, "val_samples": 30, "test_samples": 200}
-    data = make_dataset(DataSettings(dataset="gaussian", label_noise=0.1, **sizes), seed=6)
+    data = make_dataset(Data(dataset="gaussian", label_noise=0.1, **sizes), seed=6)
     generator = torch.Generator().manual_seed(6)
-    network = MLP(10, ModelSettings(hidden_layers=2, hidden_units=16, batch_norm=False), generator)
-    settings = TrainSettings(optimizer="adam", learning_rate=0.003, batch_size=16, epochs=30)
+    network = MLP(10, MODEL_SHAPE, [generator])
     device = torch.device("cpu")
-    expected = train_with_early_stopping(network, data, LEVELS, settings, device, generator)
-    pd.testing.assert_frame_equal(cell[expected.columns], expected, check_exact=True)
+    expected = score_last_and_best(network, data, LEVELS, TRAINING, device, generator)
+    figures = [*MODEL, *FIGURES]
+    pd.testing.assert_frame_equal(rows[figures], expected[figures], check_exact=True)
+    assert (rows.version == 2).all() and (rows.device == "cpu").all()
+    runs = whole.runs("flooding-table")
+    [parent] = [run for run in runs if "dataset" not in run.data.params]
+    child = next(run for run in runs if run.info.run_name == "gaussian, label noise 0.1, seed 6")
+    assert len(runs) == 1 + TRIALS and {run.info.status for run in runs} == {"FINISHED"}
+    best = rows[(rows.scored_epoch == "best") & (rows.flood_level == 0)]
+    assert child.data.metrics["best/without_flooding"] == best.test_accuracy_noisy.item()
+    kept = whole.client.download_artifacts(parent.info.run_id, TRIALS_FILE)
+    assert Path(kept).read_bytes() == (whole.path / TRIALS_FILE).read_bytes()
+
+
+def test_the_fair_search_has_a_file_and_a_column_of_its_own(whole, folder):
+    """Start 0 is the trial's level 0; the others are level 0 from weights of their own."""
+    shutil.copy(whole.path / TRIALS_FILE, folder.path)
+    result = folder.run(SCRIPT, *SMALL, "--trials", 2, "--search", "starts")
+    assert result.status == 0, result.errors
+    assert "4 trials of 3 starts, 0 trained before" in result.output
+    assert (folder.path / TRIALS_FILE).read_bytes() == (whole.path / TRIALS_FILE).read_bytes()
+    levels, starts = read_csv(folder.path / TRIALS_FILE), read_csv(folder.path / STARTS_FILE)
+    same = [name for name in COLUMNS if name not in ORIGIN]
+    level_0 = levels[(levels.flood_level == 0) & (levels.seed < 7)].reset_index(drop=True)
+    start_0 = starts[starts.start == 0].reset_index(drop=True)
+    pd.testing.assert_frame_equal(start_0[same], level_0[same], check_exact=True)
+    assert not starts.flood_level.any()
+    assert starts[starts.scored_epoch == "last"].val_loss_noisy.nunique() == 4 * 3
+    assert "| best of 3 starts | fair gain |" in result.output
+    table = pd.read_csv(folder.path / "table_synth.csv")
+    first = starts[(starts.dataset == "gaussian") & (starts.scored_epoch == "last")]
+    best = first.sort_values(["val_accuracy_noisy", "val_loss_noisy"], ascending=[False, True])
+    accuracy = best.drop_duplicates("seed").test_accuracy_noisy.mean()
+    assert table.best_start_mean[0] == pytest.approx(accuracy)
+    # The same table when the levels are trained last.
+    result = folder.run(SCRIPT, *SMALL, "--trials", 2)
+    assert "4 trials of 3 levels, 4 trained before" in result.output
+    assert (folder.path / "table_synth.md").read_text() in result.output
+    assert "| best of 3 starts | fair gain |" in result.output
+
+
+def test_the_weights_of_a_start_are_drawn_by_the_documented_rule():
+    seed = int(np.random.SeedSequence((5, 2)).generate_state(1, np.uint64)[0])
+    assert [start_generator(5, start).initial_seed() for start in (0, 2)] == [5, seed]
 
 
 def test_a_finished_table_is_drawn_again_without_training(whole, empty_folder, no_training):
     """And without the store that it was logged to."""
-    shutil.copy(whole.path / CELLS_FILE, empty_folder.path)
+    shutil.copy(whole.path / TRIALS_FILE, empty_folder.path)
     result = empty_folder.run(SCRIPT, *SMALL)
     assert result.status == 0 and "8 trained before" in result.output, result.errors
     assert_same_files(empty_folder, whole)
-    [table] = empty_folder.runs("flooding-table")
-    assert table.info.run_name == "table of 8 cells"
 
 
-def test_a_moved_folder_goes_on(whole, folder, empty_store):
-    old, new = folder.path / "old", Folder(folder.path / "new")
-    old.mkdir()
-    shutil.copy(empty_store, old / "mlflow.db")
-    assert Folder(old).run(SCRIPT, *SMALL, "--trials", 3).status == 0
-    shutil.move(old, new.path)
-    result = new.run(SCRIPT, *SMALL)
-    assert result.status == 0 and result.errors == "", result.errors
-    assert "8 cells of 3 flood levels, 6 trained before" in result.output
-    assert len(cell_runs(new)) == CELLS
-    assert_same_files(new, whole)
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_ended_and_resumed_equals_uninterrupted(whole, folder, number):
+def test_killed_and_resumed_equals_uninterrupted(whole, folder):
     """And another job in the same folder, while the first is at it, does nothing."""
     first = folder.spawn(SCRIPT, *SMALL)
     wait_until(lambda: trained(folder) >= 2)
     second = folder.run(SCRIPT, *SMALL)
     assert second.status == 2 and second.output == ""
     assert one_line(second.errors).endswith("--output-dir .: another table is made there")
-    first.send_signal(number)
-    result = finish(first)
-    before, runs = trained(folder), cell_runs(folder)
-    assert 2 <= before < CELLS and len(runs) in (before, before - 1)
-    assert not (folder.path / "table_synth.md").exists()
-    if number == signal.SIGTERM:
-        assert result.status == 128 + signal.SIGTERM
-        assert result.errors == "\nstopped by SIGTERM\n"
-        assert {run.info.status for run in runs} == {"FINISHED"}
-
+    first.send_signal(signal.SIGKILL)
+    finish(first)
+    before = trained(folder)
+    assert 2 <= before < TRIALS and not (folder.path / "table_synth.md").exists()
     resumed = folder.run(SCRIPT, *SMALL)
-    assert resumed.status == 0 and resumed.errors == "", resumed.errors
-    assert f"8 cells of 3 flood levels, {before} trained before" in resumed.output
-    assert len(cell_runs(folder)) == len(runs) + CELLS - before
+    assert resumed.status == 0, resumed.errors
+    assert f"8 trials of 3 levels, {before} trained before" in resumed.output
     assert_same_files(folder, whole)
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--epochs", 31], "epochs is 30, and 31 is asked for"),
-        (["--flood-step", 0.2], "has other flood levels: dataset gaussian"),
-        (["--flood-on", "example"], "flood_on is batch, and example is asked for"),
-        ([], "version is 1, and 2 is asked for"),
-    ],
-)
-def test_other_settings_are_refused(whole, folder, no_training, monkeypatch, flags, said):
-    before = (whole.path / CELLS_FILE).read_bytes()
-    (folder.path / CELLS_FILE).write_bytes(before)
-    if not flags:
-        monkeypatch.setattr("settings.FIGURES_VERSION", 2)
-    result = folder.run(SCRIPT, *SMALL, *flags)
-    assert result.status == 2 and result.output == ""
-    assert f"error: {CELLS_FILE}: " in one_line(result.errors) and said in result.errors
-    assert (folder.path / CELLS_FILE).read_bytes() == before and not cell_runs(folder)
-    assert not any((folder.path / name).exists() for name in PRINTED)
-
-
-def test_other_cells_are_added_and_none_is_lost(whole, folder):
-    shutil.copy(whole.path / CELLS_FILE, folder.path)
-    other = ("--dataset", "spiral", "--label-noise", 0, 0.2, "--trials", 1, "--test-samples", 100)
+def test_other_trials_are_added_and_none_is_lost(whole, folder):
+    shutil.copy(whole.path / TRIALS_FILE, folder.path)
+    other = ("--dataset", "spiral", "--label-noise", 0, 0.2, "--trials", 1, "--spiral-noise", 0, 1)
     result = folder.run(SCRIPT, *SMALL, *other)
-    assert result.status == 0 and "2 cells of 3 flood levels, 0 trained" in result.output
-    assert "| spiral | 20% |" in result.output and "gaussian" not in result.output
-    assert not any("gaussian" in (folder.path / name).read_text() for name in PRINTED[:2])
-    lines, before = ((one.path / CELLS_FILE).read_text().splitlines() for one in (folder, whole))
+    assert result.status == 0 and "4 trials of 3 levels, 0 trained" in result.output
+    assert "| spiral, τ = 1 | 20% |" in result.output and "gaussian" not in result.output
+    lines, before = ((one.path / TRIALS_FILE).read_text().splitlines() for one in (folder, whole))
     assert [line for line in lines if not line.startswith("spiral")] == before
-    assert len(lines) == len(before) + 2 * 2 * len(LEVELS)
+    assert len(lines) == len(before) + 4 * 2 * len(LEVELS)
     assert "8 trained before" in folder.run(SCRIPT, *SMALL).output
     assert_same_files(folder, whole, PRINTED)
 
 
-def test_cells_from_files(whole, folder):
-    """Those of two machines that share a trial, one of an earlier version; the rest is trained."""
-    cells = read(whole.path / CELLS_FILE)
-    earlier = cells[cells.seed < 7].drop(columns=[*ORIGIN, "flood_on"])
-    earlier.to_csv(folder.path / "one.csv", index=False)
-    overlap = cells[(cells.seed == 6) | (cells.seed == 7)].assign(torch="another")
-    unasked = cells[cells.seed == 8].assign(seed=99)
+def test_trials_from_files(whole, folder):
+    """Those of two machines that share a trial; the rest is trained."""
+    raw = read_csv(whole.path / TRIALS_FILE)
+    raw[raw.seed < 7].to_csv(folder.path / "one.csv", index=False)
+    overlap = raw[(raw.seed == 6) | (raw.seed == 7)].assign(torch="another", commit="1234567")
+    unasked = raw[raw.seed == 8].assign(seed=99)
     pd.concat([overlap, unasked]).to_csv(folder.path / "other.csv", index=False)
-    result = folder.run(SCRIPT, *SMALL, "--cells", "one.csv", "other.csv")
-    assert result.status == 0 and result.errors == "", result.errors
-    assert "8 cells of 3 flood levels, 6 trained before" in result.output
-    together = read(folder.path / CELLS_FILE)
-    asked = together[together.seed != 99]
-    figures = [name for name in cells if name not in ORIGIN]
-    assert asked[figures].equals(cells[figures]) and len(together) == len(cells) + 12
-    origin = asked.fillna("-").groupby("seed").torch.unique().explode()
-    assert origin.to_dict() == {5: "-", 6: "-", 7: "another", 8: torch.__version__}
-    assert {run.data.params["seed"] for run in cell_runs(folder)} == {"8"}
+    result = folder.run(SCRIPT, *SMALL, "--trials-from", "one.csv", "other.csv")
+    assert result.status == 0, result.errors
+    assert "8 trials of 3 levels, 6 trained before" in result.output
+    together = read_csv(folder.path / TRIALS_FILE)
+    asked, figures = together[together.seed != 99], [name for name in raw if name not in ORIGIN]
+    assert asked[figures].equals(raw[figures]) and len(together) == len(raw) + 12
+    assert asked.groupby("seed").torch.unique().explode()[7] == "another"
+    assert set(asked.commit[asked.seed == 7]) == {"1234567"}
     assert_same_files(folder, whole, PRINTED)
 
 
-def spoiled(cells):
-    """Files that cannot be used, with what is said of them."""
-    worse = cells[cells.seed == 5].assign(test_loss_noisy=9.0)
-    yield cells.drop(columns="val_loss_noisy"), "has no column val_loss_noisy"
-    yield cells.assign(version=2), "version is 2, and 1 is asked for"
-    yield cells.iloc[:-1], "cut short or has other flood levels: dataset sinusoid2d, label"
-    yield cells.replace({"flood_level": {0.3: 0.31}}), "has other flood levels: dataset gaussian"
-    yield cells.assign(test_loss_noisy=math.nan), "is cut short, figures are missing"
-    yield cells.iloc[:0], "is cut short, figures are missing"
-    yield worse, "a cell is there twice, with other figures: dataset gaussian"
-
-
-def test_files_of_cells_that_do_not_fit(whole, folder, no_training):
-    cells = read(whole.path / CELLS_FILE)
-    shutil.copy(whole.path / CELLS_FILE, folder.path)
-    path = folder.path / "spoiled.csv"
-    for text, said in (
-        *((frame.to_csv(index=False), said) for frame, said in spoiled(cells)),
-        (cells.to_csv(index=False)[:-400], "spoiled.csv: "),
-        (None, "cannot be read"),
+def test_files_that_do_not_fit_are_refused(whole, folder, no_training):
+    raw, text = read_csv(whole.path / TRIALS_FILE), (whole.path / TRIALS_FILE).read_text()
+    models = "is cut short, has other flood levels or starts, or is twice there, different: "
+    for spoiled, said in (
+        (raw.drop(columns="val_loss_noisy"), "cannot be read as raw figures"),
+        (raw.replace({"test_loss_noisy": {raw.test_loss_noisy[0]: "x"}}), "cannot be read as"),
+        (None, "cannot be read as raw figures"),
+        (text[:-150], "is cut short, figures are missing"),
+        (raw.iloc[:0], "is cut short, figures are missing"),
+        (raw.assign(version=1), "version is 1, and 2 is asked for"),
+        (raw.assign(flood_on="example"), "flood_on is example, and batch is asked for"),
+        (raw.iloc[:-1], f"{models}dataset sinusoid2d"),
+        (raw.replace({"flood_level": {0.3: 0.31}}), f"{models}dataset gaussian"),
+        (pd.concat([raw, raw.assign(test_loss_noisy=9.0)]), f"{models}dataset gaussian"),
     ):
-        path.unlink() if text is None else path.write_text(text)
-        result = folder.run(SCRIPT, *SMALL, "--cells", path.name)
-        assert result.status == 2 and "spoiled.csv" in result.errors
-        assert said in one_line(result.errors)
-    assert not cell_runs(folder) and not (folder.path / "table_synth.md").exists()
-    assert (folder.path / CELLS_FILE).read_bytes() == (whole.path / CELLS_FILE).read_bytes()
+        if spoiled is not None:
+            spoiled = spoiled if isinstance(spoiled, str) else spoiled.to_csv(index=False)
+            (folder.path / "spoiled.csv").write_text(spoiled)
+        flags = ("--trials-from", "spoiled.csv" if spoiled is not None else "nothing.csv")
+        result = folder.run(SCRIPT, *SMALL, *flags)
+        assert result.status == 2 and f"error: {flags[1]}: " in one_line(result.errors), said
+        assert said in result.errors
+    (folder.path / TRIALS_FILE).write_text(text)
+    assert "epochs is 12, and 13 is" in folder.run(SCRIPT, *SMALL, "--epochs", 13).errors
+    assert (folder.path / TRIALS_FILE).read_text() == text and not folder.runs("flooding-table")
 
 
-def test_a_store_that_fails_costs_no_figure(whole, folder, monkeypatch):
-    """It takes two runs, and of others no more than the beginning, which does not stay."""
-    monkeypatch.setattr("tracking.PATIENCE_SECONDS", 0)
-    log_batch, calls = mlflow.MlflowClient.log_batch, itertools.count()
+def test_a_store_and_a_picture_that_fail_cost_no_figure(whole, folder, monkeypatch):
+    def away(*_):
+        raise TrackingError("the store is away")
 
-    def failing(*arguments, **options):
-        if next(calls) >= 4:  # two for each run
-            raise ConnectionRefusedError(111, "Connection refused")
-        return log_batch(*arguments, **options)
-
-    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", failing)
+    monkeypatch.setattr("tracking.TableLog.trial", away)
+    monkeypatch.setattr("plot.draw_table", lambda *_: 1 / 0)
     result = folder.run(SCRIPT, *SMALL)
     assert result.status == 1 and "Saved: " in result.output
-    assert one_line(result.errors).endswith(": 7 runs are missing there: Connection refused")
-    assert [run.info.status for run in folder.runs("flooding-table")] == ["FINISHED"] * 2
-    assert_same_files(folder, whole)
+    assert one_line(result.errors).endswith(": error: the store is away")
+    assert_same_files(folder, whole, (TRIALS_FILE, *PRINTED[:2]))
 
 
-def test_a_divergence_keeps_the_finished_cells(whole, folder, monkeypatch):
-    """Also one of the weights in the last step of all, which no mini-batch sees."""
-    trainings = itertools.count()
-    worse = {"optimizer": "sgd", "learning_rate": 1e30, "batch_size": 40, "epochs": 1}
+def test_a_divergence_keeps_the_finished_trials(whole, folder, monkeypatch):
+    trainings = iter(range(TRIALS))
 
-    def train(network, data, levels, settings, *rest):
-        settings = replace(settings, **worse) if next(trainings) == 2 else settings
-        return train_with_early_stopping(network, data, levels, settings, *rest)
+    def train(network, data, levels, training, *rest):
+        worse = replace(training, optimizer="sgd", learning_rate=1e30, batch_size=40, epochs=1)
+        training = worse if next(trainings) == 2 else training
+        return score_last_and_best(network, data, levels, training, *rest)
 
-    monkeypatch.setattr(run_table_synth, "train_with_early_stopping", train)
+    monkeypatch.setattr(run_table_synth, "score_last_and_best", train)
     result = folder.run(SCRIPT, *SMALL)
     assert result.status == 1
     line = one_line(result.errors)
-    assert line.startswith("run_table_synth.py: error: flood level 0: val_loss_noisy is")
-    assert line.endswith("in epoch 1, with learning rate 1e+30")
-    assert [run.info.status for run in folder.runs("flooding-table")] == ["FINISHED"] * 2
-    lines = (folder.path / CELLS_FILE).read_text().splitlines()
-    assert lines == (whole.path / CELLS_FILE).read_text().splitlines()[: len(lines)]
+    assert line.startswith("run_table_synth.py: error: ") and "in epoch 1" in line
+    lines = (folder.path / TRIALS_FILE).read_text().splitlines()
+    assert lines == (whole.path / TRIALS_FILE).read_text().splitlines()[: len(lines)]
     assert trained(folder) == 2 and not (folder.path / "table_synth.md").exists()
 
 
@@ -354,19 +289,13 @@ def half_circles(samples, _spiral_noise, generator):
 def test_a_data_set_is_said_in_one_place(monkeypatch):
     """One more entry is all that a new one needs, and no other's formula is used for it."""
     monkeypatch.setitem(datasets.DATASETS, "moons", datasets.Source((40, 30, 200), half_circles))
-    shape = {"hidden_layers": 1, "hidden_units": 8, "epochs": 2}
-    table = TableSettings(dataset=("moons",), label_noise=(0.1,), trials=2, flood_step=0.5, **shape)
-    split = make_dataset(table.grid()[0], seed=0).test
+    shape, training = Model(hidden_layers=1, hidden_units=8), replace(TRAINING, epochs=2)
+    sizes = {"label_noise": (0.1,), "trials": 2, "flood_step": 0.5}
+    table = Table(dataset=("moons",), model=shape, training=training, **sizes).filled()
+    trials = table.list_trials()
+    split = make_dataset(trials[0].data, seed=0).test
     upper = split.inputs[split.clean_labels == 0]
     np.testing.assert_allclose(np.hypot(*upper.T), 1, rtol=1e-6)
-    result = compare(pd.concat(train_cell(table, cell)[1] for cell in table.grid()))
+    result = compare(pd.concat(train_trial(table, trial)[1] for trial in trials))
     assert result.best_possible.isna().all()
-    assert markdown(result).count("| moons | 10% | unknown |") == 2
-    demo = DemoSettings(dataset="moons", flood_levels=(0.0, 0.5), **shape)
-    silent = SimpleNamespace(update=lambda: None)
-    outcome = conclude(demo, [train_trial(demo, 0, torch.device("cpu"), silent)])
-    pictures = plot.draw_demo(outcome.history, asdict(demo), outcome.boundary)
-    figure = pictures["synth_boundary.png"]
-    assert "true boundary" not in [text.get_text() for text in figure.legends[0].get_texts()]
-    for axes in figure.axes:  # the network's boundary alone
-        assert sum(isinstance(shown, ContourSet) for shown in axes.collections) == 1
+    assert markdown(result).count("| moons | 10% | unknown |") == 4
