@@ -6,176 +6,166 @@
 from __future__ import annotations
 
 import io
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated
 
+# A notebook's own backend, where that is not installed, would forbid to import matplotlib.
+os.environ["MPLBACKEND"] = "agg"
+
+import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.animation import PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+import settings
 from datasets import DATASETS
-from results import compared_level, write_files
-from settings import STOPPINGS, OutputSettings, ending_on, flag, parse_flags
+from results import Outcome, paired_gain, write_files
 
 if TYPE_CHECKING:
     from train import Boundary
 
-WITHOUT_COLOR = "#D55E00"  # vermillion and blue of the Okabe-Ito colour-blind-safe palette
-WITH_COLOR = "#0072B2"
-STOPPING_COLORS = dict(zip(STOPPINGS, ("#0072B2", "#E69F00")))  # blue and orange
-NEUTRAL_COLOR = "#555555"
-OTHER_COLOR = "#999999"  # of flood levels that no picture shows
-TRAIN_STYLE = (0, (4, 2))  # dashed
+WITHOUT_COLOR, WITH_COLOR = "#D55E00", "#0072B2"  # of the Okabe-Ito colour-blind-safe palette
+GRAY = "#555555"
+SUBTABLES = {"last": ("A, last epoch", "#0072B2"), "best": ("B, best epoch", "#E69F00")}
 CLASS_MAP = LinearSegmentedColormap.from_list("classes", ["#ffffff", "#9a9a9a"])
+DASHES = (0, (4, 2))
+LEFT = {"x": 0.01, "ha": "left"}  # where titles stand
+SMALL = {"fontsize": 8.5, "fontweight": "normal", "color": GRAY}
+STYLE = {
+    "figure.constrained_layout.use": True, "figure.constrained_layout.h_pad": 0.07,
+    "figure.titlesize": 14, "figure.titleweight": "bold", "axes.titleweight": "bold",
+    "font.size": 9, "lines.linewidth": 1.8, "legend.frameon": False, "savefig.dpi": 150,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#dddddd", "grid.linewidth": 0.6,
+}  # fmt: skip
+# From an empty file matplotlib takes its own defaults: nothing of the user's matplotlibrc is left.
+in_style = matplotlib.rc_context(STYLE, fname=os.devnull)
 
 
-def colors(flood_levels: Sequence[float], compared: float) -> dict[float, str]:
-    """Return the colour of each flood level, that of the pictures where they show it."""
-    shown = {level: color for level, _, color in _sides(compared)}
-    return {level: shown.get(level, OTHER_COLOR) for level in flood_levels}
-
-
-def draw_demo(
-    history: pd.DataFrame, parameters: Mapping[str, object], boundary: Boundary | None
-) -> dict[str, Figure]:
+@in_style
+def draw_demo(outcome: Outcome, boundary: Boundary | None) -> dict[str, Figure]:
     """Return a demo's pictures by their file names.
 
-    `history` has a row a `seed`, `flood_level` and `epoch`, with the METRICS of `train`. Training
-    curves are against the noisy labels that were trained on, test curves against the clean ones.
-    [released code] `parameters` are the demo's settings, as values or strings, of any trial.
+    Training curves are against the noisy labels that were trained on, test curves against the
+    clean ones. [released code] `boundary` has the first trial's networks of 0 and `compared`.
     """
-    parameters = {**parameters, "seed": history.seed.min(), "trials": history.seed.nunique()}
-    chosen, compared = compared_level(history, str(parameters["select_on"]))
-    pictures = {
-        "synth_loss.png": _draw_curves(history, chosen, compared, parameters, "loss"),
-        "synth_acc.png": _draw_curves(history, chosen, compared, parameters, "accuracy"),
-    }
+    pictures = {"synth_loss.png": _draw_curves(outcome, "loss")}
+    pictures["synth_acc.png"] = _draw_curves(outcome, "accuracy")
     if boundary:
-        pictures["synth_boundary.png"] = _draw_boundary(boundary, compared, parameters)
+        pictures["synth_boundary.png"] = _draw_boundary(outcome, boundary)
     return pictures
 
 
-def describe(parameters: Mapping[str, object]) -> str:
-    """Return the setting of a demo in words; two halves, split by a newline."""
-    given = {name: str(value) for name, value in parameters.items()}
-    samples, batch, first, trials = (
-        int(given[name]) for name in ("train_samples", "batch_size", "seed", "trials")
-    )
-    spiral = f", spiral noise {float(given['spiral_noise']):g}" * (given["dataset"] == "spiral")
-    momentum = float(given["momentum"])
-    seeds = f"{trials} trials, seeds {first} to {first + trials - 1}"
-    return (
-        f"{given['dataset']}, {100 * float(given['label_noise']):.3g}% of the labels flipped"
-        f"{spiral}, {_count(samples, 'training example')}; MLP {given['hidden_layers']} × "
-        f"{given['hidden_units']}{' with batch norm' * (given['batch_norm'] == 'True')}\n"
-        f"{given['optimizer'].upper().replace('ADAM', 'Adam')}, learning rate "
-        f"{float(given['learning_rate']):g}{f', momentum {momentum:g}' if momentum else ''}, "
-        f"batches of {min(batch, samples)}, {_count(given['epochs'], 'epoch')}; "
-        f"{seeds if trials > 1 else f'seed {first}'}"
-    )
-
-
-def _count(number: object, what: str) -> str:
-    return f"{number} {what}{'s' * (int(number) != 1)}"
-
-
+@in_style
 def png_files(figures: Mapping[str, Figure]) -> dict[str, bytes]:
     """Return what is to be written of pictures, by their file names."""
     files = {}
     for name, figure in figures.items():
-        figure.savefig(content := io.BytesIO(), format="png", dpi=150)
+        figure.draw_without_rendering()  # titles within titles are laid out in two passes
+        figure.savefig(content := io.BytesIO(), format="png")
         files[name] = content.getvalue()
     return files
 
 
+def describe(parameters: Mapping[str, object]) -> str:
+    """Return a demo's setting in words, on two lines; `parameters` are what it used, typed."""
+    used = SimpleNamespace(**parameters)
+    several = f"{used.trials} trials, seeds {used.seed} to {used.seed + used.trials - 1}"
+    lines = [
+        used.dataset, f"{100 * used.label_noise:.3g}% of the labels flipped",
+        f"spiral noise {used.spiral_noise:g}" if used.dataset == "spiral" else "",
+        f"{used.train_samples} training examples",
+        f"MLP {used.hidden_layers} × {used.hidden_units}", "batch norm" if used.batch_norm else "",
+    ], [
+        {"sgd": "SGD", "adam": "Adam"}[used.optimizer], f"learning rate {used.learning_rate:g}",
+        f"momentum {used.momentum:g}" if used.momentum else "",
+        f"weight decay {used.weight_decay:g}" if used.weight_decay else "",
+        "each example's loss flooded" if used.flood_on == "example" else "",
+        f"batches of {used.batch_size}", f"{used.epochs} epoch{'s' if used.epochs > 1 else ''}",
+        several if used.trials > 1 else f"seed {used.seed}",
+    ]  # fmt: skip
+    return "\n".join(", ".join(filter(None, line)) for line in lines)
+
+
 def _sides(compared: float) -> list[tuple[float, str, str]]:
-    """The flood levels that a picture shows, with their names and colours."""
+    """The flood levels that a demo's pictures show, with their names and colours."""
     sides = [(0.0, "without flooding", WITHOUT_COLOR), (compared, "with flooding", WITH_COLOR)]
     return sides if compared else sides[:1]
 
 
-def _draw_curves(
-    history: pd.DataFrame, chosen: float, compared: float, given: Mapping[str, object], score: str
-) -> Figure:
-    figure = Figure(figsize=(9, 5.2))
-    axes = figure.subplots()
-    figure.subplots_adjust(left=0.1, right=0.72, top=0.83, bottom=0.17)
-    digits, ends, bands = ".2f" if score == "loss" else ".1%", [], []
+def _page(title: str, description: str, size: tuple[float, float]) -> tuple[Figure, SubFigure]:
+    """Return a figure under its title, and the page below the description, to be drawn on."""
+    figure = Figure(figsize=size)
+    figure.suptitle(title, **LEFT)
+    page = figure.subfigures()
+    page.suptitle(description, **LEFT | SMALL)
+    return figure, page
+
+
+def _draw_curves(outcome: Outcome, score: str) -> Figure:
+    history, compared, used = outcome.history, outcome.compared, outcome.parameters
+    title = f"{score.capitalize()} without{' and with' if compared else ''} flooding"
+    title += " (validation chose no flooding)" if compared and not outcome.chosen else ""
+    figure, page = _page(title, describe(used), (7.8, 5))
+    axes, digits, ends, bands = page.subplots(), ".2f" if score == "loss" else ".1%", [], []
     for level, side, color in _sides(compared):
         trials = history[history.flood_level == level].groupby("epoch")
-        for split, labels, style in (("train", "noisy", TRAIN_STYLE), ("test", "clean", "solid")):
+        for split, labels, line in (("train", "noisy", DASHES), ("test", "clean", "solid")):
             curve = trials[f"{split}_{score}_{labels}"].agg(["mean", "std"])
             mean, deviation = curve["mean"], curve["std"].fillna(0)
-            name = f"{split}, {side}"
-            axes.plot(mean.index, mean, color=color, linestyle=style, linewidth=1.8, label=name)
-            low, high = mean - deviation, mean + deviation
-            bands.append(pd.DataFrame({"low": low, "high": high}))
-            if deviation.any():
-                axes.fill_between(mean.index, low, high, color=color, alpha=0.15, linewidth=0)
-            ends.append((mean.iloc[-1], f"{mean.iloc[-1]:{digits}}  {name}", color))
-    if score == "loss" and compared:
-        axes.axhline(compared, color=NEUTRAL_COLOR, linestyle=":", linewidth=1.4, zorder=1)
-        ends.append((compared, f"flood level b = {compared:g}", NEUTRAL_COLOR))
-    epochs = history.epoch.max()
-    ylabel = "cross-entropy loss (nats)" if score == "loss" else "accuracy"
-    axes.set(xlim=(0, epochs), xlabel="epoch", ylabel=ylabel)
-    _limit(axes, score, pd.concat(bands), epochs)
+            bands.append(pd.DataFrame({"low": mean - deviation, "high": mean + deviation}))
+            axes.plot(mean.index, mean, color=color, linestyle=line)
+            axes.fill_between(mean.index, *bands[-1].to_numpy().T, color=color, alpha=0.15, lw=0)
+            axes.plot([], [], color=GRAY, linestyle=line, label=f"{split}, {labels} labels")
+            ends.append((mean.iloc[-1], f"{mean.iloc[-1]:{digits}}  {split}, {side}", color))
+    # In the frame is all but the first epochs' climb, and all but a rare leap of the loss.
+    every = pd.concat(bands)
+    late, highest = every[every.index >= mean.index[-1] / 20], every.high.max()
+    if score == "loss":
+        height, text = compared, f"flood level b = {compared:g}"
+        top = min(highest, 2.5 * late.high.quantile(0.95))
+        axes.set(ylim=(0, 1.05 * top), ylabel="cross-entropy loss (nats)")
+        leap = f"▲ up to {highest:.2f}" if highest > top else ""
+        axes.annotate(leap, (0.01, 0.985), xycoords="axes fraction", va="top")
+        page.supxlabel(_explain_modes(outcome), **LEFT | SMALL)
+    else:
+        flipped = int(used["label_noise"] * used["train_samples"])
+        height = 1 - flipped / used["train_samples"] if flipped else 0.0
+        text = f"{height:{digits}}  no flipped label learned"
+        lowest = min(late.low.min(), height or 1.0)
+        axes.set(ylim=(1.05 * max(lowest, 0.0) - 0.055, 1.005), ylabel="accuracy")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    if height:
+        axes.axhline(height, color=GRAY, linestyle=":", zorder=1.6)  # above the grid
+        ends.append((height, text, GRAY))
+    axes.set(xlim=(0, mean.index[-1]), xlabel="epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     _label_ends(axes, ends)
-
-    title = f"{score.capitalize()} without{' and with' if compared else ''} flooding"
-    title += " (validation chose no flooding)" if compared and not chosen else ""
-    _write_title(figure, title, given)
-    with_norm = str(given["batch_norm"]) == "True" and given["flood_on"] == "batch"
-    if score == "loss" and compared and with_norm:
-        _explain_modes(figure, history[history.flood_level == compared], compared)
-    figure.legend(
-        [Line2D([], [], color=NEUTRAL_COLOR, linestyle=style) for style in (TRAIN_STYLE, "solid")],
-        ["train, noisy labels", "test, clean labels"],
-        loc="lower right", bbox_to_anchor=(0.995, 0.0), frameon=False, fontsize=9,
-    )  # fmt: skip
+    _explain_marks(page, "outside lower right")
     return figure
 
 
-def _explain_modes(figure: Figure, history: pd.DataFrame, level: float) -> None:
-    """Say why the curves part above the level: with batch norm, what is flooded is another loss."""
-    means = history.groupby("epoch")[["train_batch_loss", "train_loss_noisy"]].mean()
-    below = means.index[means.train_batch_loss < level]
-    if len(below):
-        evaluated = means.train_loss_noisy[below[0]]
-        figure.text(
-            0.1, 0.015, f"Flooded is the loss in training mode, where batch norm uses the "
-            f"mini-batch's statistics. It falls below b\nin epoch {below[0]}, when the loss in "
-            f"evaluation mode, which the curves show, is still {evaluated:.2f}.",
-            fontsize=8, color=NEUTRAL_COLOR,
-        )  # fmt: skip
-
-
-def _limit(axes: Axes, score: str, bands: pd.DataFrame, epochs: int) -> None:
-    """Frame the curves: all but the first epochs' climb, and all but a rare leap of the loss."""
-    late = bands[bands.index >= epochs / 20]
-    if score == "accuracy":
-        worst = max(0.0, late.low.min())
-        axes.set_ylim(worst - 0.05 * (1 - worst) - 0.005, 1.005)
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-        return
-    highest, usual = bands.high.max(), late.high.quantile(0.95)
-    axes.set_ylim(0, 1.05 * min(highest, 2.5 * usual))
-    if highest > 2.5 * usual:
-        axes.text(0.01, 0.985, f"▲ up to {highest:.2f}", transform=axes.transAxes, fontsize=8,
-                  color=NEUTRAL_COLOR, va="top")  # fmt: skip
-
-
-def _write_title(figure: Figure, title: str, parameters: Mapping[str, object]) -> None:
-    figure.text(0.1, 0.945, title, fontsize=14, fontweight="bold")
-    figure.text(0.1, 0.855, describe(parameters), fontsize=9, color=NEUTRAL_COLOR)
+def _explain_modes(outcome: Outcome) -> str:
+    """Why the curves part above the level: with batch norm, what is flooded is another loss."""
+    epochs = outcome.history[outcome.history.flood_level == outcome.compared].groupby("epoch")
+    loss = epochs.train_loss_noisy.mean()[epochs.train_flooded_fraction_so_far.min() > 0]
+    used = outcome.parameters
+    if len(loss) == 0 or not used["batch_norm"] or used["flood_on"] == "example":
+        return ""
+    return (
+        f"In epoch {loss.index[0]}, when flooding has begun in all trials, the dashed blue curve "
+        f"is still at {loss.iloc[0]:.2f}:\nflooded is the loss in training mode, where batch norm "
+        f"uses the mini-batch's own\nstatistics; the curves show the loss in evaluation mode."
+    )
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
@@ -192,132 +182,159 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
     beside = axes.get_yaxis_transform()
     for height, (value, text, color) in zip(heights, ends):
         line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkB": 0}
-        axes.annotate(
-            text, xy=(1, value), xytext=(1.035, height), xycoords=beside, textcoords=beside,
-            color=color, fontsize=9, va="center", annotation_clip=False, arrowprops=line,
-        )  # fmt: skip
+        axes.annotate(text, (1, value), (1.035, height), beside, beside, line, color=color,
+                      va="center", annotation_clip=False)  # fmt: skip
 
 
-def _draw_boundary(boundary: Boundary, compared: float, parameters: Mapping[str, object]) -> Figure:
-    sides = _sides(compared)
-    figure = Figure(figsize=(9, 5.9 if len(sides) > 1 else 8.2))
-    panels = figure.subplots(1, len(sides), squeeze=False)[0]
-    figure.subplots_adjust(left=0.06, right=0.98, top=0.76, bottom=0.14, wspace=0.12)
-    axis, inputs, labels = boundary.axis, boundary.inputs, boundary.labels
-    flipped = labels != boundary.clean_labels
+def _draw_boundary(outcome: Outcome, boundary: Boundary, epoch: int | None = None) -> Figure:
+    """Draw how the networks divide the plane: at their end, or flat and with losses, in between."""
+    axis, labels, used = boundary.axis, boundary.noisy_labels, outcome.parameters
+    title = f"Epoch {epoch}: what the network has learned" if epoch else "What the network learned"
+    figure, page = _page(title, describe({**used, "trials": 1}), (8, 5.8))
+    history = outcome.history.set_index(["seed", "epoch", "flood_level"])
     plane = np.stack([x.ravel() for x in np.meshgrid(axis, axis)], axis=1)
-    true_boundary = DATASETS[str(parameters["dataset"])].boundary
-    dashed = {"linestyles": [TRAIN_STYLE], "linewidths": 1.2}
-    networks = zip(panels, sides, boundary.probability, boundary.predictions)
-    for axes, (level, side, color), probability, predictions in networks:
-        axes.pcolormesh(axis, axis, probability, cmap=CLASS_MAP, vmin=0, vmax=1, rasterized=True)
-        if true_boundary:
-            truth = true_boundary(plane).reshape(probability.shape)
-            axes.contour(axis, axis, truth, [0], colors="black", **dashed)
-        axes.contour(axis, axis, probability, [0.5], colors=color, linewidths=2)
-        for label, face in ((0, "white"), (1, "black")):
-            dot = {"facecolor": face, "edgecolor": "black", "linewidth": 0.8}
-            axes.scatter(*inputs[labels == label].T, s=20, zorder=3, **dot)
-        circle = {"facecolor": "none", "edgecolor": color, "linewidth": 2}
-        axes.scatter(*inputs[flipped].T, s=120, zorder=4, **circle)
-        name = f"{side}, b = {level:g}" if level else side
+    truth, flipped = DATASETS[used["dataset"]].boundary, labels != boundary.clean_labels
+    sides, dashed = _sides(outcome.compared), {"linestyles": [DASHES], "linewidths": 1.2}
+    for number, (level, name, color) in enumerate(sides):
+        axes = page.add_subplot(1, len(sides), number + 1, aspect="equal", xticks=[], yticks=[])
+        axes.spines[:].set_visible(True)
+        probability, right = boundary.probability[number], boundary.predictions[number] == labels
+        lines = [f"{name}, b = {level:g}" if level else name]
+        shade, meaning = probability, "probability of class 1"
+        if epoch:
+            shade, meaning = np.round(probability), "predicted as class 1"
+            now = history.loc[used["seed"], epoch, level]
+            lines.append(f"loss: train {now.train_loss_noisy:.2f}, test {now.test_loss_clean:.2f}")
         if flipped.any():
-            learned = (predictions == labels)[flipped].sum()
-            name += f":\nlearned {learned} of {_count(flipped.sum(), 'flipped label')}"
-        axes.set_title(name, color=color, fontsize=11, fontweight="bold")
-        axes.set(aspect="equal", xticks=[], yticks=[])
-    _write_title(figure, "What the network learned", {**parameters, "trials": 1})
-
-    point = {"linestyle": "none", "marker": "o", "markeredgecolor": "black"}
-    circle = {**point, "markersize": 11, "markeredgecolor": NEUTRAL_COLOR, "markeredgewidth": 2}
-    handles = {
-        "trained as class 1": Line2D([], [], color="black", **point),
-        "trained as class 0": Line2D([], [], markerfacecolor="white", **point),
-        "label flipped": Line2D([], [], markerfacecolor="none", **circle),
-        "true boundary": Line2D([], [], color="black", linestyle=TRAIN_STYLE, linewidth=1.2),
-        "network's boundary": Line2D([], [], color=NEUTRAL_COLOR, linewidth=2),
-        "probability of class 1": Line2D([], [], color="#9a9a9a", linewidth=8),
-    }
-    if not true_boundary:
-        del handles["true boundary"]
-    figure.legend(handles.values(), handles, loc="lower center", ncols=3, frameon=False, fontsize=9)
+            lines.append(f"learned {sum(flipped & right)} of {sum(flipped)} flipped labels")
+        axes.set_title("\n".join(lines), color=color)
+        axes.pcolormesh(axis, axis, shade, cmap=CLASS_MAP, vmin=0, vmax=1, rasterized=True)
+        axes.plot([], [], color=CLASS_MAP(1.0), linewidth=8, label=meaning)
+        if truth:
+            score = truth(plane).reshape(probability.shape)
+            axes.contour(axis, axis, score, [0], colors="black", **dashed)
+            axes.plot([], [], color="black", linestyle=DASHES, label="true boundary")
+        if probability.min() < 0.5 < probability.max():
+            axes.contour(axis, axis, probability, [0.5], colors=color, linewidths=2)
+        axes.plot([], [], color=color, label=f"network's boundary {name}")
+        for label, marked, face, edge, size, width in (
+            ("trained as class 0", labels == 0, "white", "black", 20, 0.8),
+            ("trained as class 1", labels == 1, "black", "black", 20, 0.8),
+            ("flipped label, not learned", flipped & ~right, "none", GRAY, 110, 1),
+            (f"flipped label, learned {name}", flipped & right, "none", color, 110, 2),
+        ):
+            dots = {"label": label, "edgecolor": edge, "linewidth": width, "zorder": 3}
+            axes.scatter(*boundary.inputs[marked].T, size, face, **dots)
+    _explain_marks(page, ncols=3)
     return figure
 
 
-def draw_table(cells: pd.DataFrame, table: pd.DataFrame) -> Figure:
-    """Return a panel a setting: noisy-label test accuracy against the flood level, by stopping.
+def _explain_marks(page: SubFigure, place: str = "outside lower center", ncols: int = 1) -> None:
+    """Put a legend below a page: each thing that is drawn there once, in the alphabet's order."""
+    named = [axes.get_legend_handles_labels()[::-1] for axes in page.axes]
+    entries = {label: handle for panel in named for label, handle in zip(*panel)}
+    handles = [entries[label] for label in sorted(entries)]
+    page.legend(handles, sorted(entries), loc=place, ncols=ncols)
 
-    `cells` are the raw figures, see `results.read_cells`; `table` is `results.compare` of them.
+
+@in_style
+def draw_boundaries_over_time(outcome: Outcome, boundaries: Mapping[int, Boundary]) -> bytes:
+    """Return a GIF of how the first trial's networks learn, a frame an epoch.
+
+    `boundaries` are as in `draw_demo`, by epochs > 0 that `outcome.history` has, in rising order.
     """
-    table = table.query("labels == 'noisy'")
-    datasets, noises = table.dataset.unique(), sorted(table.label_noise.unique())
-    size = max(8, 1 + 3.6 * len(noises)), 1.5 + 2.7 * len(datasets)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(datasets), len(noises), squeeze=False, sharex=True)
-    for row, dataset in zip(panels, datasets):
-        for axes, noise in zip(row, noises):
-            setting = "dataset == @dataset and label_noise == @noise"
-            _draw_levels(axes, cells.query(setting), table.query(setting))
-            axes.set_title(f"{dataset}, {100 * noise:g}% label noise", fontsize=10)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.yaxis.set_major_formatter(PercentFormatter(1))
-            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-        row[0].set_ylabel("test accuracy")
-    for axes in panels[-1]:
-        axes.set_xlabel("flood level b (nats)")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    trials = " or ".join(str(count) for count in sorted(table.trials.unique()))
-    figure.suptitle(
-        f"Accuracy on noisy test labels against the flood level\n"
-        f"mean and standard deviation, {trials} trial{'s' * (trials != '1')} a setting; "
-        f"curves leave the frame where flooding breaks down", fontsize=11,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        writer, path = PillowWriter(fps=6), Path(folder) / "boundaries.gif"
+        writer.setup(Figure(), path, dpi=100)
+        for epoch, boundary in boundaries.items():
+            writer.fig = _draw_boundary(outcome, boundary, epoch)
+            writer.fig.draw_without_rendering()  # as in `png_files`
+            writer.grab_frame()
+        writer.finish()
+        return path.read_bytes()
+
+
+@in_style
+def draw_table(trials: pd.DataFrame, table: pd.DataFrame) -> Figure:
+    """Return a panel a setting: what each flood level gains in accuracy on noisy test labels.
+
+    `trials` are the raw figures, see `results.read_trials`; `table` is `results.compare` of them.
+    """
+    datasets = list(dict.fromkeys(zip(trials.dataset, trials.spiral_noise)))
+    noises, counts = sorted(trials.label_noise.unique()), sorted(table.trials.unique())
+    description = (
+        f"accuracy on noisy test labels, in points, minus that of the same trial without flooding; "
+        f"mean and 95% interval of {' or '.join(map(str, counts))} trials"
+    )
+    size = max(8, 1 + 3.6 * len(noises)), 1.8 + 2.6 * len(datasets)
+    figure, page = _page("What flooding gains", description, size)
+    panels = page.subplots(len(datasets), len(noises), squeeze=False, sharex=True, sharey="row")
+    keys = ["dataset", "spiral_noise", "label_noise", "scored_epoch"]
+    compared = table[table.labels == "noisy"].set_index(keys)
+    for (dataset, tau, noise, epoch), scored in trials.groupby(keys, sort=False):
+        axes = panels[datasets.index((dataset, tau)), noises.index(noise)]
+        _draw_gains(axes, scored, compared.loc[dataset, tau, noise, epoch], *SUBTABLES[epoch])
+        name = f"{dataset}, τ = {tau:g}" if tau else dataset
+        axes.set_title(f"{name}, {100 * noise:g}% label noise", fontsize=10)
+        axes.set(xlabel="flood level b (nats)", ylabel="gain (points)")
+        axes.label_outer()
+    axes.set_xlim(0, 1.01 * trials.flood_level.max())
+    for row in panels:
+        _scale(row)
+    _explain_marks(page, ncols=2)
     return figure
 
 
-def _draw_levels(axes: Axes, cells: pd.DataFrame, table: pd.DataFrame) -> None:
-    lows, highs = [], []
-    for setting in table.itertuples():
-        color = STOPPING_COLORS[setting.stopping]
-        of_level = cells[cells.stopping == setting.stopping].groupby("flood_level")
-        curve = of_level.test_accuracy_noisy.agg(["mean", "std"])
-        mean, deviation = curve["mean"], curve["std"].fillna(0)
-        high = (mean + deviation).clip(upper=1)
-        axes.plot(mean.index, mean, color=color, linewidth=1.6, label=setting.stopping)
-        axes.fill_between(mean.index, mean - deviation, high, color=color, alpha=0.15, linewidth=0)
-        without, flooded = setting.without_flooding_mean, setting.with_flooding_mean
-        label = f"{setting.stopping}: without flooding"
-        axes.axhline(without, color=color, linestyle=":", linewidth=1.2, label=label)
-        axes.plot(
-            setting.flood_level_mean, flooded, marker="D", color=color, markeredgecolor="black",
-            markersize=7, linestyle="none",
-            label=f"{setting.stopping}: mean chosen b and its accuracy",
-        )  # fmt: skip
-        shown = (mean - deviation)[mean.index <= setting.flood_level_mean]
-        lows += [without, flooded, shown.median()]
-        highs.append(high.max())
-    low, high = min(lows), max(highs)
-    margin = max(0.15 * (high - low), 0.002)
-    axes.set_ylim(low - 2 * margin, min(high + margin, 1 + margin / 2))
+def _draw_gains(axes: Axes, scored: pd.DataFrame, row: pd.Series, name: str, color: str) -> None:
+    """Draw what flooding gains in one setting at one scored epoch, and what other starts do."""
+    accuracy = scored.set_index(["seed", "flood_level"]).test_accuracy_noisy.unstack()
+    gains = 100 * accuracy.sub(accuracy[0.0], axis=0)
+    mean, low, high, _ = np.array([[*paired_gain("", gains[level]).values()] for level in gains]).T
+    axes.plot(gains.columns, mean, color=color, label=f"{name}: one b in all trials")
+    axes.fill_between(gains.columns, low, high, color=color, alpha=0.18, linewidth=0)
+    mean, low, high = 100 * row[["gain_mean", "gain_low", "gain_high"]].astype(float)
+    axes.vlines(row.flood_level_mean, low, high, color=color)
+    label = f"{name}: in each trial the b chosen by validation"
+    axes.plot(row.flood_level_mean, mean, "D", color=color, mec="black", label=label, zorder=3)
+    if np.isfinite(row.best_start_mean):
+        gain = 100 * (row.best_start_mean - row.without_flooding_mean)
+        label = f"{name}: best of {row.starts} starts, no flooding"
+        axes.axhline(gain, color=color, linestyle="--", linewidth=1.4, label=label)
+
+
+def _scale(row: Sequence[Axes]) -> None:
+    """Give a row one scale; what is lost beyond its highest gain, a collapse, is logarithmic."""
+    low, high = row[0].get_ylim()
+    ticks = MaxNLocator(5).tick_values(-high, high)
+    ticks = [*ticks[ticks > -high], *(tick for tick in (-5, -10, -20, -40) if tick < -1.3 * high)]
+    for axes in row:
+        axes.axhline(0, color="black", linewidth=1, zorder=1.6)
+        axes.set_yscale("symlog", linthresh=high, linscale=2)
+        axes.set(ylim=(low, high), yticks=[tick for tick in ticks if low <= tick <= high])
+        axes.yaxis.set_major_formatter("{x:g}")
+        if low < -high:
+            axes.axhspan(low, -high, color="#eeeeee", zorder=0)
+            axes.annotate("collapse (log scale)", (0.02, 0.03), xycoords="axes fraction", **SMALL)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlotSettings(OutputSettings):
+class PlotSettings:
     """Which demo to draw again, and where to."""
 
-    run_id: Annotated[str, flag("ID")]
+    run_id: Annotated[str, settings.flag("ID")]
     """a run of the demo in MLflow: the Run ID on its page"""
+    output_dir: settings.OutputDir = Path(".")
 
 
 def main(flags: PlotSettings) -> None:
     from tracking import TrackingError, load_demo
 
-    with ending_on(TrackingError, status=2):
-        history, parameters, boundary = load_demo(flags.run_id)
-    files = png_files(draw_demo(history, parameters, boundary))
-    print(*write_files(files, flags.output_dir), sep="\n")
+    with settings.ending_on(settings.SettingError, TrackingError, status=2):
+        settings.check_output_dir(flags.output_dir)
+        outcome, boundary = load_demo(flags.run_id)
+    pictures = png_files(draw_demo(outcome, boundary))
+    print(*write_files(pictures, flags.output_dir), sep="\n")
 
 
 if __name__ == "__main__":
-    main(parse_flags(PlotSettings, __doc__))
+    main(settings.parse_flags(PlotSettings, __doc__))
