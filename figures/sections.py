@@ -93,7 +93,7 @@ def adjusted(summary: pd.DataFrame) -> str:
     """Say over how many comparisons the p-values of `summarize` are adjusted."""
     if summary.p.count():
         return f"adjusted over {summary.p.count()} comparisons"
-    return "not there with fewer than ten trials"
+    return "left out with fewer than ten trials"
 
 
 def verdict(summary: pd.DataFrame) -> str:
@@ -120,9 +120,9 @@ def two_tests(raw: Raw) -> Section:
     gains = raw.over("highest", "without")
     how = (
         "The gain of flooding over no flooding, with the p of a paired t-test and that of an exact "
-        "sign-flip test, which takes nothing as normal: the share of all ways to set the signs of "
-        "the trials' gains whose sum is as far from 0 as the one that was seen. Each p is "
-        f"{adjusted(gains)}."
+        "sign-flip test, which does not take the gains as normally distributed: the share of all "
+        "ways to set the signs of the trials' gains whose sum is as far from 0 as the one that was "
+        f"seen, with ten trials at least 0.002. Each p is {adjusted(gains)}."
     )
     columns = {"gain": shown(gains, p="p_adjusted"), "sign-flip p": shown_flip(gains)}
     return [], [how, by_setting(columns)]
