@@ -48,11 +48,9 @@ def choose_models(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a demo, of one trial or several, comes to.
-
-    `history` has a row a `seed`, `flood_level` and `epoch`, with train.METRICS. `chosen` is the
-    level of best last-epoch validation accuracy, its mean over the trials; `compared`, shown beside
-    no flooding, is that or, if it is 0, the best of the others. `summary` is the printed table.
+    """What a demo comes to: `history` has a row a `seed`, `flood_level`, `epoch`; `chosen` is the
+    level of best mean last-epoch validation accuracy; `compared`, shown beside no flooding, is that
+    or, if it is 0, the best of the others; `summary` is the printed table.
     """
 
     history: pd.DataFrame
@@ -66,7 +64,7 @@ def conclude(history: pd.DataFrame, parameters: Mapping[str, object]) -> Outcome
     """Choose a demo's level, on the validation labels that its `select_on` names; sum it up."""
     labels = str(parameters["select_on"])
     last = history[history.epoch == history.epoch.max()]
-    means = last.groupby("flood_level", as_index=False).mean()
+    means = last.groupby("flood_level", as_index=False).mean().round(9)  # equal ones are equal
     chosen = choose_models(means, labels).flood_level.item()
     flooded = choose_models(means[means.flood_level > 0], labels).flood_level
     compared = flooded.item() if len(flooded) else chosen
@@ -122,10 +120,9 @@ def compare(
         accuracy = f"test_accuracy_{labels}"
         figures = pd.DataFrame({side: chosen[accuracy] for side, chosen in sides.items()})
         figures["flood_level"] = flooded.flood_level
-        for setting, group in figures.groupby([*DATA, "scored_epoch"], sort=False):
-            data = Data(**dict(zip(DATA, setting)))
-            row = {**vars(data), "scored_epoch": setting[-1], "labels": labels}
-            row |= {"trials": len(group), "starts": starts.start.nunique()}
+        for (*values, epoch), group in figures.groupby([*DATA, "scored_epoch"], sort=False):
+            data = Data(**dict(zip(DATA, values)))
+            row = {**vars(data), "scored_epoch": epoch, "labels": labels, "trials": len(group)}
             flipped = data.label_noise if labels == "noisy" else 0.0
             row["best_possible"] = best_possible_accuracy(data, flipped)
             for name in figures:
@@ -133,7 +130,7 @@ def compare(
             row |= paired_gain("gain", group.with_flooding - group.without_flooding)
             row |= paired_gain("fair_gain", group.with_flooding - group.best_start)
             rows.append(row)
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows).assign(starts=starts.start.nunique())
     for name in ("gain", "fair_gain"):
         table[f"{name}_p_adjusted"] = math.nan
         for _, p in table[f"{name}_p"].dropna().groupby(table.labels):
@@ -293,8 +290,11 @@ def csv_bytes(frame: pd.DataFrame) -> bytes:
 
 def write_files(files: Mapping[str, bytes], directory: Path) -> list[Path]:
     """Write files into a folder, made if need be; they are moved into place when all are whole."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory) as folder:
-        for name, content in files.items():
-            (Path(folder) / name).write_bytes(content)
-        return [(Path(folder) / name).replace(directory / name) for name in files]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory) as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            return [(Path(folder) / name).replace(directory / name) for name in files]
+    except OSError as error:  # of a full disk it does not say which
+        raise OSError(f"{directory} cannot be written to: {error.strerror}") from error

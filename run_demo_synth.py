@@ -7,35 +7,33 @@ flipped, an MLP without flooding and with three flood levels. It saves `synth_lo
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 import settings
-from datasets import DatasetName, DataSettings
-from settings import Count, ModelSettings, RunSettings, TrainSettings, ending_on
+from datasets import Data
+from settings import Count, Model, Training, ending_on, flag, going_on
 
 FLOOD_LEVELS = {"sgd": (0.26, 0.27, 0.28), "adam": (0.24, 0.25, 0.26)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoSettings(RunSettings, TrainSettings, ModelSettings, DataSettings):
+class Demo:
     """All of a demo. The defaults are the authors' [released code].
 
     Setting 1, SGD, is the one that they run; setting 2, Adam, is there but never run.
     """
 
-    dataset: DatasetName = "sinusoid2d"
-    label_noise: Annotated[float, settings.flag("FRACTION")] = 0.1
-    hidden_layers: Count = 4
-    batch_norm: bool = True
-    optimizer: settings.OptimizerName = "sgd"
-    batch_size: Count = 200
-    epochs: Count = 200
+    data: Data = Data(dataset="sinusoid2d", label_noise=0.1)
+    model: Model = Model()
+    training: Training = Training(optimizer="sgd", batch_size=200, epochs=200)
     flood_levels: Annotated[
         tuple[float, ...] | None,
-        settings.flag("B [B ...]", "(default: 0.26 0.27 0.28 for sgd, 0.24 0.25 0.26 for adam)"),
+        flag("B [B ...]", "(default: 0.26 0.27 0.28 for sgd, 0.24 0.25 0.26 for adam)"),
     ] = None
     """flood levels in nats; 0, no flooding, is always among them"""
     select_on: Literal["clean", "noisy"] = "clean"
@@ -44,21 +42,31 @@ class DemoSettings(RunSettings, TrainSettings, ModelSettings, DataSettings):
     """epochs between evaluations; the last epoch is always evaluated"""
     trials: Count = 1
     """trials; trial t draws data and weights from seed + t"""
+    seed: settings.Seed = 0
+    device: settings.DeviceName = "auto"
+    output_dir: settings.OutputDir = Path(".")
 
     def __post_init__(self) -> None:
-        for part in (DataSettings, ModelSettings, TrainSettings):
-            part.__post_init__(self)
-        settings.fill(self, flood_levels=FLOOD_LEVELS[self.optimizer])
-        settings.check_flood_levels(self.flood_levels)
-        object.__setattr__(self, "flood_levels", tuple(sorted({0.0, *self.flood_levels})))
+        settings.check_flood_levels(self.flood_levels or ())
         settings.check_counts(self, "eval_every", "trials")
-        self.check_batches(self.train_samples, self.batch_norm)
-        RunSettings.__post_init__(self)  # last: it makes the folder
+        settings.check_seed(self.seed)
+        samples = self.data.filled().train_samples
+        self.training.check_batches(samples, self.model.batch_norm)
+
+    def filled(self) -> Demo:
+        """Return a copy that has all defaults, and the levels in order, 0 among them."""
+        levels = settings.fill(
+            self, flood_levels=FLOOD_LEVELS[self.training.optimizer]
+        ).flood_levels
+        data, training = self.data.filled(), self.training.filled()
+        levels = tuple(sorted({0.0, *levels}))
+        return replace(self, data=data, training=training, flood_levels=levels)
 
 
 if __name__ == "__main__":  # before the heavy imports: --help and Ctrl-C are answered at once
+    settings.mend_streams()
     settings.exit_on_signals()
-    DEMO = settings.parse_flags(DemoSettings, __doc__)
+    DEMO = settings.parse_flags(Demo, __doc__)
 
 import pandas as pd
 import torch
@@ -67,81 +75,81 @@ from tqdm import tqdm
 import plot
 from datasets import Dataset, make_dataset
 from models import MLP
-from results import compared_level, summarize, write_files
-from tracking import DemoLog, Outcome, TrackingError
+from results import conclude, write_files
+from tracking import DemoLog, TrackingError, result_files
 from train import DivergenceError, count_epochs, find_boundary, prepare_process, train
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A trial that is over: when, in seconds since 1970; its history, see `Outcome`; its networks.
-
-    `networks` are the last epoch's, folded, by flood level.
-    """
-
-    seed: int
-    times: tuple[float, float]
-    data: Dataset
-    history: pd.DataFrame
-    networks: dict[float, list[torch.Tensor]]
-
-
-def main(demo: DemoSettings) -> None:
+def main(demo: Demo) -> None:
     settings.exit_on_signals()
-    shown_levels = " ".join(f"{level:g}" for level in demo.flood_levels)
+    failures: list[Exception] = []  # after training, each costs only itself
     with ending_on(settings.SettingError, TrackingError, status=2):
+        settings.check_output_dir(demo.output_dir)
         device = prepare_process(demo.device)
-        parameters = {**asdict(demo), "flood_levels": shown_levels, "device": device.type}
-        log = DemoLog(demo, parameters, device)
-    print(plot.describe(parameters).replace("\n", "; "), f"on {device.type}", flush=True)
+        batch_size = min(demo.training.batch_size, demo.data.train_samples)
+        parameters = {**settings.flat(demo), "batch_size": batch_size, "device": device.type}
+        log = DemoLog(parameters, device)
+    with log:
+        tell(failures, plot.describe(parameters).replace("\n", "; "), f"on {device.type}")
+        epochs = demo.trials * count_epochs(demo.flood_levels, demo.training.epochs, device)
+        histories, first = [], None
+        with ending_on(DivergenceError), settings.progress_bar(epochs, "epoch") as bar:
+            for seed in range(demo.seed, demo.seed + demo.trials):
+                began = time.time()
+                data = make_dataset(demo.data, seed)
+                history, networks = train_trial(demo, data, seed, device, bar)
+                histories.append(history)
+                first = first or (data, networks)
+                with going_on(failures, TrackingError):
+                    log.trial(seed, (began, time.time()), history, demo.data)
 
-    trials = []
-    epochs = demo.trials * count_epochs(demo.flood_levels, demo.epochs, device)
-    with ending_on(DivergenceError), settings.progress_bar(epochs, "epoch") as bar:
-        for seed in range(demo.seed, demo.seed + demo.trials):
-            trials.append(train_trial(demo, seed, device, bar))
-            if demo.trials > 1:
-                log.trial(seed, trials[-1].times, conclude(demo, trials[-1:]), pictures={})
-
-    outcome = conclude(demo, trials)
-    pictures = plot.png_files(plot.draw_demo(outcome.history, parameters, outcome.boundary))
-    print(f"\n{outcome.summary}\n")
-    print("Pictures:", *write_files(pictures, demo.output_dir), flush=True)
-    if demo.trials > 1:
-        log.result(trials[0].times[0], outcome, pictures)
-    else:
-        log.trial(demo.seed, trials[0].times, outcome, pictures)
-    print(log.how_to_look(means=demo.trials > 1))
-    with ending_on(TrackingError):
-        log.finish()
+        outcome = conclude(pd.concat(histories, ignore_index=True), parameters)
+        tell(failures, f"\n{outcome.summary}\n")
+        boundary, (data, networks) = None, first
+        if data.train.inputs.shape[1] == 2:
+            shown = [networks[level] for level in dict.fromkeys([0.0, outcome.compared])]
+            boundary = find_boundary(shown, data.train)
+        with going_on(failures, OSError):
+            tell(failures, "Result:", *write_files(result_files(outcome), demo.output_dir))
+        with going_on(failures, TrackingError):
+            log.finish(outcome, boundary)
+        with going_on(failures, Exception):  # whatever drawing may raise
+            pictures = plot.png_files(plot.draw_demo(outcome, boundary))
+            with going_on(failures, TrackingError):
+                log.pictures(pictures)
+            tell(failures, "Pictures:", *write_files(pictures, demo.output_dir))
+    tell(failures, log.how_to_look())
+    settings.end_with(failures)
 
 
-def train_trial(demo: DemoSettings, seed: int, device: torch.device, bar: tqdm) -> Trial:
-    """Draw a trial's data and network, and train a copy of it for each flood level."""
-    started = time.time()
-    data = make_dataset(demo, seed)
+def train_trial(
+    demo: Demo, data: Dataset, seed: int, device: torch.device, bar: tqdm
+) -> tuple[pd.DataFrame, dict[float, MLP]]:
+    """Train one network for each flood level, all from the same weights, drawn from the seed.
+
+    Returns their history, see `results.Outcome`, and the networks of the last epoch by level.
+    """
     generator = torch.Generator().manual_seed(seed)
-    network = MLP(data.train.inputs.shape[1], demo, generator)
+    network = MLP(data.train.inputs.shape[1], demo.model, [generator])
     history, networks = [], {}
-    for now in train(
-        network, data, demo.flood_levels, demo, device, generator,
+    for epochs in train(
+        network, data, demo.flood_levels, demo.training, device, generator,
         eval_every=demo.eval_every, on_epoch=bar.update,
     ):  # fmt: skip
-        history.append(now.metrics.assign(seed=seed))
-        networks |= now.networks()
-    return Trial(seed, (started, time.time()), data, pd.concat(history), networks)
+        for now in epochs:
+            history.append(now.metrics.drop(columns="start").assign(seed=seed))
+        for copy, level in enumerate(now.metrics.flood_level):
+            networks[level] = now.network.select([copy])
+    return pd.concat(history, ignore_index=True), networks
 
 
-def conclude(demo: DemoSettings, trials: Sequence[Trial]) -> Outcome:
-    """Sum trials up, and choose the level; the boundary is that of the first one's networks."""
-    history = pd.concat([trial.history for trial in trials], ignore_index=True)
-    chosen, compared = compared_level(history, demo.select_on)
-    first, boundary = trials[0], None
-    if first.data.train.inputs.shape[1] == 2:
-        shown = [first.networks[level] for level in dict.fromkeys([0.0, compared])]
-        boundary = find_boundary(shown, first.data.train)
-    colors = plot.colors(demo.flood_levels, compared)
-    return Outcome(history, summarize(history, demo.select_on), chosen, colors, boundary)
+def tell(failures: list[Exception], *words: object) -> None:
+    """Print, and go on where nobody reads it any more or a disk is full."""
+    try:
+        print(*words, flush=True)
+    except OSError as error:
+        failures.append(error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in it
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Reproduce the paper's synthetic table, at the last epoch (A) and with early stopping (B).
+"""Reproduce the paper's synthetic table, without and with early stopping.
 
 Two Gaussians, sinusoid and spiral at three strengths of label noise, flood levels 0 to 0.50,
 ten trials: 4 590 trainings. A trial is trained once, with all its flood levels:
@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 
 import settings
 from datasets import Data, DatasetName, SplitSize
-from settings import Model, SettingError, Training, check, ending_on, flag, flat, going_on
+from settings import Model, SettingError, Training, check, ending_on, flag, flat, going_on, tell
 
 FILES = {"levels": "table_synth_trials.csv", "starts": "table_synth_starts.csv"}  # by search
 CORES_A_TRIAL = 4  # with Ray, at most: what more cores add to a training of this size is little
@@ -169,8 +169,7 @@ def main(table: Table) -> None:
     with log:
         trained[table.search] = train_missing(table, trained[table.search], log, failures)
         finish(table, trained, log, failures)
-    with going_on(failures, OSError):
-        print(log.how_to_look(), flush=True)
+    tell(failures, log.how_to_look())
     settings.end_with(failures)
 
 
@@ -190,7 +189,7 @@ def train_missing(
     missing = [trial for trial in wanted if trial.key() not in known]
     models = f"{len(table.list_models(table.search))} {table.search}"
     before = f"{len(wanted) - len(missing)} trained before"
-    print(f"{len(wanted)} trials of {models}, {before}", flush=True)
+    tell(failures, f"{len(wanted)} trials of {models}, {before}")
     with (
         ending_on(SettingError, status=2),
         ending_on(DivergenceError, OSError),
@@ -219,10 +218,9 @@ def finish(
         files |= {"table_synth.md": text.encode(), "table_synth.csv": csv_bytes(compared)}
         with going_on(failures, Exception):
             files |= plot.png_files({"table_synth.png": plot.draw_table(asked["levels"], compared)})
+    tell(failures, f"\n{text}")
     with going_on(failures, OSError):
-        print(f"\n{text}", flush=True)
-    with going_on(failures, OSError):
-        print("Saved:", *results.write_files(files, table.output_dir), flush=True)
+        tell(failures, "Saved:", *results.write_files(files, table.output_dir))
     with going_on(failures, TrackingError):
         log.finish(text, files)
 

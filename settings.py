@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, TypeVar
+from typing import Annotated, Literal, NoReturn, TextIO, TypeVar
 
 import tyro
 from tqdm import tqdm
@@ -220,11 +220,26 @@ def going_on(failures: list[Exception], *errors: type[Exception]) -> Iterator[No
         failures.append(error)
 
 
+def tell(failures: list[Exception], *words: object) -> None:
+    """Print, and go on where nobody reads it any more or a disk is full."""
+    try:
+        print(*words, flush=True)
+    except OSError as error:
+        failures.append(error)
+        _silence(sys.stdout)
+
+
+def _silence(stream: TextIO) -> None:
+    """Send what is left in a broken stream, and what comes, nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def end_with(failures: Sequence[Exception]) -> None:
-    """End the script with the first of the failures that were noted, if there is one."""
-    with ending_on(Exception):
-        for failure in failures[:1]:
-            raise failure
+    """End the script with status 1 and a line for each failure that was noted, if there is one."""
+    for text in dict.fromkeys(" ".join(str(failure).split()) for failure in failures):
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+    if failures:
+        sys.exit(1)
 
 
 def exit_on_signals() -> None:
@@ -247,13 +262,23 @@ def mend_streams() -> None:
         getattr(sys, name).reconfigure(errors="replace")
 
 
+class _Bar(tqdm):
+    """A bar that costs nothing else where nobody reads it any more."""
+
+    def display(self, *arguments: object, **options: object) -> None:
+        try:
+            super().display(*arguments, **options)
+        except OSError:
+            _silence(sys.stderr)
+
+
 def progress_bar(total: int, unit: str, digits: int = 0) -> tqdm:
     """Return a bar that counts `unit`s, with the time left; in a log file one every 30 seconds."""
     seconds, columns = 30, 0
     if sys.stderr.isatty():  # which may not say its size
         seconds, columns = 0.1, os.get_terminal_size(sys.stderr.fileno()).columns
     counted = f"{{n:.{digits}f}} of {{total}} {unit}s [{{elapsed}}<{{remaining}}{{postfix}}]"
-    return tqdm(
+    return _Bar(
         total=total, leave=False, miniters=0, mininterval=seconds, maxinterval=seconds,
         delay=seconds - 0.1, ncols=columns or 80, nrows=20,
         bar_format="{percentage:3.0f}%|{bar}| " + counted,

@@ -1,342 +1,374 @@
 """What MLflow keeps of the experiments, and how a demo is read back.
 
-A run is one flood level of one trial of the demo, or one cell of the table, written at one go when
-it is over: the store has it whole or not at all. A tag ties runs together for the chart view. The
-store is what MLFLOW_TRACKING_URI says, else `sqlite:///mlflow.db` in the current folder, which is
-what a bare `mlflow ui` there opens.
+A demo is a run that has its result, with a child for each flood level of each trial; a table is a
+run that has its files, with a child for each trained trial. Children are written when their trial
+is over. The store is what MLFLOW_TRACKING_URI says, else `sqlite:///mlflow.db` in the current
+folder, which is what a bare `mlflow ui` there opens.
 """
 
 from __future__ import annotations
 
 import contextlib
-import getpass
 import hashlib
 import io
+import itertools
 import json
 import logging
+import math
 import os
-import secrets
+import re
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
-# What a store refuses is tried again here, not by MLflow.
+# A server that is gone is asked four times in 12 s, one that does not answer in 28 s.
 for name, value in {
     "DISABLE_TELEMETRY": "true", "ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "HTTP_REQUEST_MAX_RETRIES": "0",
-    "HTTP_REQUEST_TIMEOUT": "5",
+    "SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "LOGGING_LEVEL": "CRITICAL",
+    "HTTP_REQUEST_MAX_RETRIES": "3", "HTTP_REQUEST_TIMEOUT": "4",
+    "HTTP_REQUEST_BACKOFF_JITTER": "0",
 }.items():  # fmt: skip
     os.environ.setdefault(f"MLFLOW_{name}", value)
+try:
+    Path.home()
+except RuntimeError:  # neither HOME nor an entry for the user: then MLflow cannot be imported
+    os.environ["HOME"] = tempfile.gettempdir()
 import mlflow
 import numpy as np
 import pandas as pd
-import sqlalchemy.exc
+import sqlalchemy
 import torch
 from filelock import FileLock
-from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from mlflow.tracking.context.registry import resolve_tags
 
-from datasets import Cell, DataSettings, make_dataset
-from results import FIGURES, csv, write_files
-from settings import SPLITS
-from train import METRICS, Boundary, where
+from datasets import Data, make_dataset
+from results import Outcome, conclude, csv_bytes, read_csv, write_files
+from settings import SPLITS, flat, going_on
+from train import Boundary, provenance
 
-PATIENCE_SECONDS = 5.0  # how long a store that refuses runs is asked again at a time
+logging.getLogger("urllib3").setLevel(logging.ERROR)  # which tells of every retry
+
+PATIENCE_SECONDS = 15  # a store that has failed for longer, in all, is not asked again
 MAX_POINTS = 1000  # of metrics in one call, MLflow's limit
-HISTORY_FILE, BOUNDARY_FILE = "history.csv", "boundary.npz"  # what a demo's pictures come from
+SETTINGS_FILE, HISTORY_FILE, BOUNDARY_FILE = "demo.json", "history.csv", "boundary.npz"
+NOTE, PARENT = "mlflow.note.content", "mlflow.parentRunId"
+COLORS = ["#d55e00", "#6baed6", "#2171b5", "#08306b"]  # without flooding, then level by level
 
-# The first line is what the folded description shows.
-DEMO_DESCRIPTION = """\
-[**Show the charts**]({charts}) of training with and without flooding, or the last demo's \
-[**means over its trials**]({means}) by flood level.
+# Metrics as the charts show them, what is flooded first; their titles may be cut after 12 letters.
+NAMES = {"train_batch_loss": "batch/loss", "train_flooded_fraction_so_far": "batch/share_below_b"}
+for split, labels in itertools.product(SPLITS, ("clean", "noisy")):
+    NAMES[f"{split}_loss_{labels}"] = f"{split}/loss_{labels}"
+    NAMES[f"{split}_accuracy_{labels}"] = f"{split}/{labels}_accuracy"
+BEST_NAMES = {"epoch": "best/epoch", "val_accuracy_noisy": "best/val_noisy_accuracy"}
+BEST_NAMES |= {k: v.replace("test", "best") for k, v in NAMES.items() if k.startswith("test")}
 
-By `run_demo_synth.py`. Each run is one flood level of one trial, and the level that a trial chose
-is marked in its name. `_noisy` is against the labels as they are given, a part of them flipped,
-`_clean` against the true ones.
-"""
-TABLE_DESCRIPTION = """\
-[**Show the charts**]({means}) of the last table: means over the trials, a curve a setting.
-
-By `run_table_synth.py`. Each run is a cell, one trial of one setting, that was trained here. Its
-curves go over the flood levels, not over time: step k is the k-th level. `last_epoch` is without,
-`early` with early stopping. A run named `table of ...` has the finished table as its artifacts.
-"""
-
-
-class Outcome(NamedTuple):
-    """What a demo, or one trial of it, comes to.
-
-    `history` has a row a `seed`, `flood_level` and `epoch` with the METRICS; `summary` is the
-    printed table; `colors` are those of the flood levels.
-    """
-
-    history: pd.DataFrame
-    summary: str
-    chosen: float
-    colors: Mapping[float, str]
-    boundary: Boundary | None
+ABOUT = """\
+Flooding holds the training loss at a flood level b: where the loss of a mini-batch is below b, \
+the step goes uphill. Labels as they are given, a part of them flipped, are *noisy*, the true ones \
+*clean*, and *chosen* is the level of best validation accuracy. Look first at """
+DEMO = f"""{ABOUT}`batch/loss`, which is what is flooded, and at `batch/share_below_b`, the share \
+of steps so far that found it below b, then at the test curves and, for early stopping, at \
+`best/...`, the test scores of the epoch of best noisy validation accuracy."""
+TABLE = f"""{ABOUT}the noisy test accuracies of each trial without and with flooding, `last/...` \
+after the last epoch and `best/...` after the one of best noisy validation accuracy."""
 
 
 class TrackingError(Exception):
-    """The tracking store cannot be reached, or lacks what is asked of it."""
+    """The store cannot be reached, refuses what it is given, or lacks what is asked of it."""
 
 
 def tracking_uri() -> str:
-    """Return the address of the store."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    """Return the address of the store, a SQLite file's with its whole path."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    path = uri.partition("sqlite:///")[2]
+    return f"sqlite:///{Path(path).absolute()}" if path and ":" not in path else uri
 
 
-def store_name() -> str:
-    """Return what to call the store: its address only where that surely has no password."""
-    uri = tracking_uri()
-    return "MLFLOW_TRACKING_URI" if set(uri) & set("@?;") else f"MLFLOW_TRACKING_URI {uri}"
+def sqlite_file() -> Path:
+    """Return where the store is if it is a SQLite file, else no absolute path."""
+    return Path(tracking_uri().partition("sqlite:///")[2].partition("?")[0])
 
 
-def reason(error: BaseException) -> str:
-    """Return what the operating system or the database says; other texts may have a password."""
-    cause: BaseException | None = error
-    while cause:
-        if isinstance(cause, OSError) and cause.strerror:  # "Connection refused"
-            return cause.strerror
-        # A driver takes what follows the first "@" for the host, and names it.
-        named = tracking_uri().count("@") > 1
-        if isinstance(cause, sqlalchemy.exc.DBAPIError) and str(cause.orig) and not named:
-            return str(cause.orig).splitlines()[0]
-        if isinstance(cause, (ImportError, sqlalchemy.exc.NoSuchModuleError)):  # of a driver
-            return str(cause)
+def shown_uri() -> str:
+    """Return the address, or its variable where it may have a password or a token in it."""
+    return "$MLFLOW_TRACKING_URI" if set("@?") & set(tracking_uri()) else tracking_uri()
+
+
+def explain(error: BaseException) -> str:
+    """Name the store, and say the first line of what the system or MLflow says."""
+    said, cause, uri = error, error, tracking_uri()
+    while cause:  # the innermost of the system's: "[Errno 111] Connection refused"
+        said = cause if isinstance(cause, OSError) and str(cause) else said
         cause = cause.__cause__ or cause.__context__
-    return getattr(error, "error_code", None) or type(error).__name__
+    text = (str(said).splitlines() or [type(said).__name__])[0]
+    if shown_uri() != uri:  # then no word of it is shown, as it is or escaped
+        words = set(re.findall(r"\w+", f"{uri} {quote(uri)} {unquote(uri)}"))
+        text = re.sub(r"\S*://\S*", "...", text)
+        text = re.sub(r"\w+", lambda word: "..." if word[0] in words else word[0], text)
+    return f"{shown_uri()}: {text}"
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep what MLflow logs, of migrations or of a locked database, from the terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+def open_store() -> mlflow.MlflowClient:
+    """Open the store; a database once before MLflow does, which asks a broken one for 100 s."""
+    with contextlib.suppress(sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError):
+        sqlalchemy.inspect(sqlalchemy.create_engine(tracking_uri()))
+    mlflow.set_tracking_uri(tracking_uri())
+    return mlflow.MlflowClient()
 
 
-class Experiment:
-    """An experiment of the store, made if it is not there; TrackingError if it is out of reach.
+def open_experiment(name: str) -> tuple[mlflow.MlflowClient, str]:
+    """Open the store and an experiment, made or restored if need be; return client and id."""
+    with contextlib.ExitStack() as locked:
+        if (file := sqlite_file()).is_absolute():  # two that set it up at once break it
+            file.parent.mkdir(parents=True, exist_ok=True)
+            locked.enter_context(FileLock(f"{file}.lock"))
+        client = open_store()
+        found = client.get_experiment_by_name(name)
+        if found and found.lifecycle_stage == "deleted":
+            client.restore_experiment(found.experiment_id)
+        experiment = mlflow.set_experiment(name)
+    folder = Path(experiment.artifact_location.removeprefix("file://"))
+    here = file.parent / "mlruns" / experiment.experiment_id
+    copied = here.exists() and here.resolve() != folder.resolve()
+    if folder.is_absolute() and (copied or not folder.parent.parent.exists()):
+        mend = "move it back, or take another MLFLOW_TRACKING_URI"
+        raise FileNotFoundError(
+            f"the files of {name} were in {folder}, and are not any more: {mend}"
+        )
+    return client, experiment.experiment_id
 
-    `description` is Markdown with places for the addresses of its `charts` and of their `means`;
-    `tie` is name and value of the tag of this demo's or table's runs. Means by the parameter
-    `group_by` are a view, saved as MLflow's own "share" button does it: an address cannot say that.
+
+class ParentRun:
+    """A run with children and files; those that are not finished when it is left are FAILED.
+
+    It is open when its store has taken a file. `about` is Markdown that every run has, and the
+    experiment with a link to the children, whose address ends in `view`. With a `key` the parent
+    that has it goes on, if there is one. Raises TrackingError for all that the store refuses.
     """
 
-    def __init__(self, name: str, description: str, tie: tuple[str, str], group_by: str) -> None:
-        self._tie, self._query = dict([tie]), f"tags.{tie[0]} = '{tie[1]}'"
-        self._pending: list[tuple] = []
-        keys = [{"mode": "param", "groupByData": group_by}]
-        group = {"aggregateFunction": "average", "groupByKeys": keys}
-        state = json.dumps({"searchFilter": self._query, "groupBy": group})
-        view = {"name": f"means by {group_by}", "createdAt": 0, "updatedAt": 0, "state": state}
-        # Two processes that set the same new store up at once break it.
-        lock = FileLock(Path(tempfile.gettempdir()) / f"flooding-{getpass.getuser()}.lock")
-        try:
-            with _quietly(), lock:
-                mlflow.set_tracking_uri(tracking_uri())
-                self._id = mlflow.set_experiment(name).experiment_id
-                runs = f"#/experiments/{self._id}/runs"
-                charts = f"{runs}?workflowType=machine_learning&compareRunsMode=CHART"
-                self._charts = f"{charts}&searchFilter={quote(self._query)}"
-                self._means = f"{charts}&viewStateShareKey={tie[1]}"
-                tags = {
-                    "mlflow.note.content": description.format(charts=charts, means=self._means),
-                    "mlflow.experimentKind": "custom_model_development",
-                    f"mlflow.sharedViewState.{tie[1]}": json.dumps(view),
-                }
-                mlflow.set_experiment_tags(tags)
-        except Exception as error:  # of whatever the store is made of
-            raise TrackingError(f"{store_name()}: {reason(error)}") from error
+    def __init__(
+        self, experiment: str, name: str, about: str, parameters: Mapping[str, object],
+        tags: Mapping[str, str], view: str, key: str = "",
+    ) -> None:  # fmt: skip
+        self._about, self._parameters, self._tags = about, parameters, {**resolve_tags(), **tags}
+        self._unfinished, self._seconds_lost = [], 0.0
+        with self._asking(), contextlib.ExitStack() as opening:
+            opening.callback(self.__exit__)
+            self._client, self._experiment = open_experiment(experiment)
+            query = f"tags.key = '{key}'"
+            runs = self._client.search_runs([self._experiment], query) if key else []
+            if runs:
+                self._unfinished = [runs[0].info.run_id]
+                self._client.update_run(self._unfinished[0], "RUNNING")
+            else:
+                self._create(name, {"key": key}, parameters, time.time())
+            self._id = self._unfinished[0]
+            self._add_files({SETTINGS_FILE: json.dumps(parameters, indent=1).encode()})
+            opening.pop_all()
+        children = quote(f"tags.`{PARENT}` = '{self._id}'")
+        view = f"workflowType=machine_learning&orderByAsc=true&{view}"
+        self._page = f"#/experiments/{self._experiment}/runs?searchFilter={children}&{view}"
 
-    def how_to_look(self, means: bool) -> str:
-        """Return how to see this demo's or this table's charts in a browser, or their means."""
-        page, uri = self._means if means else self._charts, tracking_uri()
-        if uri not in store_name():
-            uri = "$MLFLOW_TRACKING_URI"
-        elif uri.startswith("sqlite:///"):
-            uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    def __enter__(self) -> ParentRun:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Mark what is not finished; the store may be what has failed, and is asked once."""
+        before = dict(os.environ)
+        os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
+        for run_id in self._unfinished:
+            with contextlib.suppress(TrackingError), self._asking():
+                self._client.set_terminated(run_id, "FAILED")
+        os.environ |= before
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Raise TrackingError for what the store raises; leave one alone that costs too long."""
+        if self._seconds_lost > PATIENCE_SECONDS:
+            raise TrackingError(f"{shown_uri()}: it has not answered before")
+        began = time.monotonic()
+        try:
+            yield
+        except Exception as error:  # of whatever the store is made of
+            self._seconds_lost += time.monotonic() - began
+            raise TrackingError(explain(error)) from error
+
+    def _create(self, name, tags, parameters, began):
+        """Make a run that began then, in s since 1970; return its id."""
+        tags = {**self._tags, NOTE: self._about, **tags}
+        run = self._client.create_run(self._experiment, int(1000 * began), tags, name)
+        self._unfinished.append(run.info.run_id)
+        params = [Param(name, str(value)) for name, value in parameters.items()]
+        self._client.log_batch(run.info.run_id, params=params)
+        return run.info.run_id
+
+    def _finish(self, run_id, curves, ended):
+        """Write a run's metrics by step, and that it ended then."""
+        ended = int(1000 * ended)
+        points = [
+            Metric(name, float(value), ended, int(step))
+            for name, curve in curves.items()
+            for step, value in curve.items()
+            if not math.isnan(value)
+        ]
+        for start in range(0, len(points), MAX_POINTS):
+            self._client.log_batch(run_id, points[start : start + MAX_POINTS])
+        self._client.set_terminated(run_id, "FINISHED", ended)
+        self._unfinished.remove(run_id)
+
+    def _add_child(self, name, parameters, data, seed, curves, times, tags):
+        """Write a child, whose curves are by step, and let the experiment lead to it."""
+        parameters = {**self._parameters, **parameters, "seed": seed}
+        run_id = self._create(name, {PARENT: self._id, **tags}, parameters, times[0])
+        self._client.log_inputs(run_id, describe_datasets(data, seed))
+        self._finish(run_id, curves, times[1])
+        lead = f"Training with and without flooding, [**the last runs**]({self._page})."
+        self._client.set_experiment_tag(self._experiment, NOTE, f"{lead}\n\n{self._about}")
+
+    def _add_files(self, files):
+        with tempfile.TemporaryDirectory() as folder:
+            for path in write_files(files, Path(folder)):
+                self._client.log_artifact(self._id, str(path))
+
+    def _conclude(self, summary, metrics, files):
+        """Write what it has come to, which ends it."""
+        with self._asking():
+            self._add_files(files)
+            self._client.set_tag(self._id, NOTE, f"```\n{summary}\n```\n\n{self._about}")
+            curves = {name: {0: value} for name, value in metrics.items()}
+            self._finish(self._id, curves, time.time())
+
+    def how_to_look(self) -> str:
+        """Return how to see the children, and no other runs, in a browser."""
+        uri, page = shown_uri(), self._page
         if tracking_uri().startswith("http"):
             return f"Charts: {uri.rstrip('/')}/{page}"
         command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri"]
-        shown = f'"{uri}"' if uri.startswith("$") else shlex.quote(uri)
-        return f"Charts: {shlex.join(command)} {shown}\nand open http://127.0.0.1:5000/{page}"
-
-    def log(self, *runs: tuple) -> Exception | None:
-        """Write runs, see `_write`, and those not taken before; returns why some are left."""
-        self._pending += runs
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while self._pending:
-            run = self._pending.pop(0)
-            try:
-                with _quietly():
-                    self._write(*run)
-            except Exception as error:  # of whatever the store is made of
-                self._pending.append(run)  # behind the others: it may be refused alone
-                if time.monotonic() > deadline:
-                    return error
-                time.sleep(0.2)
-        return None
-
-    def finish(self) -> None:
-        """Try once more what is left; TrackingError says how much is missing then, and why."""
-        if error := self.log():
-            missing = f"{len(self._pending)} runs are missing there"
-            raise TrackingError(f"{store_name()}: {missing}: {reason(error)}")
-
-    def _write(
-        self, name: str, times: tuple[float, float], parameters: Mapping[str, object],
-        tags: Mapping[str, str], files: Mapping[str, bytes],
-        curves: Mapping[str, pd.Series], datasets: Sequence[DatasetInput],
-    ) -> None:  # fmt: skip
-        """Write a run from one time to another, in s since 1970; files by name, curves by step."""
-        client = mlflow.MlflowClient()
-        started, ended = (int(1000 * time) for time in times)
-        self._delete(name, started)
-        tags = {**resolve_tags(), **self._tie, **tags}
-        run_id = client.create_run(self._id, started, tags, name).info.run_id
-        try:
-            params = [Param(key, str(value)) for key, value in parameters.items()]
-            client.log_batch(run_id, params=params)
-            client.log_inputs(run_id, list(datasets))
-            points = [
-                Metric(metric, float(value), ended, step)
-                for metric, curve in curves.items()
-                for step, value in curve.dropna().items()
-            ]
-            for start in range(0, len(points), MAX_POINTS):
-                client.log_batch(run_id, points[start : start + MAX_POINTS])
-            with tempfile.TemporaryDirectory() as folder:
-                if write_files(files, Path(folder)):
-                    client.log_artifacts(run_id, folder)
-            client.set_terminated(run_id, "FINISHED", ended)
-        except BaseException:  # Ctrl-C too
-            with contextlib.suppress(Exception):  # then before the next try
-                self._delete(name, started)
-            raise
-
-    def _delete(self, name: str, started: int) -> None:
-        """Delete what an earlier try has left of a run, also if its answer was lost."""
-        query = f"{self._query} and run_name = '{name}' and attributes.start_time = {started}"
-        for run in mlflow.MlflowClient().search_runs([self._id], query):
-            mlflow.MlflowClient().delete_run(run.info.run_id)
+        quoted = f'"{uri}"' if uri.startswith("$") else shlex.quote(uri)
+        return f"Charts: {shlex.join(command)} {quoted}\nand open http://127.0.0.1:5000/{page}"
 
 
-class DemoLog(Experiment):
-    """One demo in MLflow: a run a flood level of each trial, and one for several trials' result."""
+class DemoLog(ParentRun):
+    """A demo in MLflow: its result, and a child for each flood level of each trial."""
 
-    def __init__(
-        self, data: DataSettings, parameters: Mapping[str, object], device: torch.device
-    ) -> None:
-        tie = "demo", secrets.token_hex(4)
-        super().__init__("flooding-synth", DEMO_DESCRIPTION, tie, "flood_level")
-        self._data, self._parameters, self._where = data, parameters, where(device)
+    def __init__(self, parameters: Mapping[str, object], device: torch.device) -> None:
+        trials = parameters["trials"]
+        # Sorted like this, the page does not fold children into their parent. It shows ten.
+        view = (
+            f"compareRunsMode=CHART&orderByKey=params.`{'seed' if trials > 1 else 'flood_level'}`"
+        )
+        name = f"{parameters['dataset']}, {trials} trial{'s' if trials > 1 else ''}"
+        tags = provenance(device)
+        super().__init__("flooding-synth", name, DEMO, parameters, tags, quote(view, "=&"))
 
     def trial(
-        self, seed: int, times: tuple[float, float], outcome: Outcome, pictures: Mapping[str, bytes]
+        self, seed: int, times: tuple[float, float], history: pd.DataFrame, data: Data
     ) -> None:
-        """Log a trial's runs; `times` are its begin and end in seconds since 1970."""
-        tags, files = self._said_and_kept(outcome, pictures)
-        datasets, runs = describe_datasets(self._data, seed), []
-        for level, rows in outcome.history.groupby("flood_level"):
-            chosen = level == outcome.chosen
-            name = (f"b = {level:g}" if level else "no flooding") + " (chosen)" * chosen
-            parameters = {**self._parameters, "seed": seed, "flood_level": level}
-            marks = {"chosen": "yes" if chosen else "no", "mlflow.runColor": outcome.colors[level]}
-            curves = rows.set_index("epoch")[METRICS]
-            curves.columns = [name.replace("_", "/", 1) for name in METRICS]  # makes sections
-            runs.append((name, times, parameters, {**tags, **marks}, files, curves, datasets))
-        self.log(*runs)
+        """Log a trial that is over, from one time to another in s since 1970."""
+        failures = []  # each costs only its level
+        for rank, (level, rows) in enumerate(history.groupby("flood_level")):
+            name = f"b = {level:g}" if level else "no flooding"
+            name += f", seed {seed}" if self._parameters["trials"] > 1 else ""
+            rows = rows.set_index("epoch", drop=False)
+            best = rows.loc[rows[rows.epoch > 0].val_accuracy_noisy.idxmax()]
+            curves = {shown: rows[metric] for metric, shown in NAMES.items()}
+            curves |= {shown: {0: best[metric]} for metric, shown in BEST_NAMES.items()}
+            color = {"mlflow.runColor": COLORS[min(rank, len(COLORS) - 1)]}
+            began = times[0] - rank / 1000  # the page has the latest first
+            own = {"flood_level": level}
+            with going_on(failures, TrackingError), self._asking():
+                self._add_child(name, own, data, seed, curves, (began, times[1]), color)
+        for failure in failures[:1]:
+            raise failure
 
-    def result(self, started: float, outcome: Outcome, pictures: Mapping[str, bytes]) -> None:
-        """Log what several trials come to, as a run of its own."""
-        name, times = f"result of {self._parameters['trials']} trials", (started, time.time())
-        self.log((name, times, self._parameters, *self._said_and_kept(outcome, pictures), {}, ()))
-
-    def _said_and_kept(self, outcome: Outcome, pictures: Mapping[str, bytes]) -> tuple[dict, dict]:
-        """The tags and the files of an outcome; `load_demo` reads the files."""
-        tags = {**self._where, "mlflow.note.content": f"```\n{outcome.summary}\n```\n"}
-        files = {HISTORY_FILE: csv(outcome.history), **pictures}
-        if outcome.boundary:
-            np.savez_compressed(content := io.BytesIO(), **vars(outcome.boundary))
+    def finish(self, outcome: Outcome, boundary: Boundary | None) -> None:
+        """Keep the result: clean test scores, and what the pictures are drawn from."""
+        last = outcome.history[outcome.history.epoch == outcome.history.epoch.max()]
+        metrics = {"chosen_b": outcome.chosen, "with/b": outcome.compared}
+        for side, level in {"without": 0.0, "with": outcome.compared}.items():
+            for score in ("accuracy", "loss"):
+                scores = last[last.flood_level == level][f"test_{score}_clean"]
+                metrics |= {f"{side}/{score}": scores.mean(), f"{side}/sd_{score}": scores.std()}
+        files = result_files(outcome)
+        if boundary:
+            np.savez_compressed(content := io.BytesIO(), **vars(boundary))
             files[BOUNDARY_FILE] = content.getvalue()
-        return tags, files
+        self._conclude(outcome.summary, metrics, files)
+
+    def pictures(self, files: Mapping[str, bytes]) -> None:
+        """Keep the pictures."""
+        with self._asking():
+            self._add_files(files)
 
 
-class TableLog(Experiment):
-    """The table's cells that are trained here, a run each, and the finished table's files."""
+class TableLog(ParentRun):
+    """A table in MLflow: its files, and a child for each trial that was trained here."""
 
-    def __init__(self, shared: Mapping[str, object], flood_levels: Sequence[float]) -> None:
-        text = json.dumps([*flood_levels, *map(str, shared.items())])
-        tie = "table", hashlib.sha256(text.encode()).hexdigest()[:8]
-        super().__init__("flooding-table", TABLE_DESCRIPTION, tie, "setting")
-        self._shared = shared
-        self.commit = resolve_tags().get("mlflow.source.git.commit", "")
+    def __init__(self, parameters: Mapping[str, object]) -> None:
+        text = json.dumps(parameters, sort_keys=True)
+        key, view = hashlib.sha256(text.encode()).hexdigest()[:16], "orderByKey=params.`seed`"
+        super().__init__("flooding-table", "table", TABLE, parameters, {}, quote(view, "="), key)
+        self.commit = self._tags.get("mlflow.source.git.commit", "")
 
-    def cell(self, cell: Cell, rows: pd.DataFrame, times: tuple[float, float]) -> None:
-        """Log a cell's scores, a row a stopping and flood level, as curves over the levels."""
-        setting = f"{cell.dataset}, noise {cell.label_noise:g}"
-        curves = {
-            f"{stopping.replace(' ', '_')}/{name}": curve
-            for stopping, of_stopping in rows.groupby("stopping", sort=False)
-            for name, curve in of_stopping[FIGURES].reset_index(drop=True).items()
-        }
-        parameters = {**asdict(cell), **self._shared, "setting": setting}
-        origin = rows[["torch", "device"]].iloc[0].to_dict()
-        datasets = describe_datasets(cell, cell.seed)
-        self.log((str(cell), times, parameters, origin, {}, curves, datasets))
+    def trial(
+        self, name: str, parameters: Mapping[str, object], data: Data, seed: int,
+        metrics: Mapping[str, float], times: tuple[float, float],
+    ) -> None:  # fmt: skip
+        """Log a trial that is over, from one time to another in s since 1970."""
+        with self._asking():
+            curves = {name: {0: value} for name, value in metrics.items()}
+            self._add_child(name, {**flat(data), **parameters}, data, seed, curves, times, {})
 
-    def table(self, name: str, files: Mapping[str, bytes], started: float) -> None:
-        """Keep a finished table's files in a run of their own."""
-        self.log((name, (started, time.time()), self._shared, {}, files, {}, ()))
+    def finish(self, summary: str, files: Mapping[str, bytes]) -> None:
+        """Keep the finished table."""
+        self._conclude(summary, {}, files)
 
 
-def describe_datasets(settings: DataSettings, seed: int) -> list[DatasetInput]:
+def describe_datasets(data: Data, seed: int) -> list[DatasetInput]:
     """Return what MLflow shows of a data set: of each split its name, shape and digest."""
-    source = {field.name: getattr(settings, field.name) for field in fields(DataSettings)}
-    source, data = CodeDatasetSource({**source, "seed": seed}), make_dataset(settings, seed)
-    name, inputs = f"{settings.dataset}, label noise {settings.label_noise:g}", []
-    for split_name, context in zip(SPLITS, ("train", "validation", "test")):
-        split = getattr(data, split_name)
-        labels = {"label": split.labels, "clean_label": split.clean_labels}
-        dataset = mlflow.data.from_numpy(split.inputs, source, labels, name)
+    dataset, inputs = make_dataset(data, seed), []
+    for split, context in zip(SPLITS, ("train", "validation", "test")):
+        examples = getattr(dataset, split)
+        labels = {"noisy": examples.noisy_labels, "clean": examples.clean_labels}
+        described = mlflow.data.from_numpy(examples.inputs, targets=labels, name=str(data))
         tags = [InputTag("mlflow.data.context", context)]
-        inputs.append(DatasetInput(dataset._to_mlflow_entity(), tags))
+        inputs.append(DatasetInput(described._to_mlflow_entity(), tags))
     return inputs
 
 
-def load_demo(run_id: str) -> tuple[pd.DataFrame, dict[str, str], Boundary | None]:
-    """Read back what a run has of a demo: history, parameters, what the boundary is drawn from.
+def result_files(outcome: Outcome) -> dict[str, bytes]:
+    """Return what a demo's outcome can be had from again, every bit of it."""
+    parameters = json.dumps(outcome.parameters, indent=1).encode()
+    return {SETTINGS_FILE: parameters, HISTORY_FILE: csv_bytes(outcome.history)}
 
-    A run of a flood level has its own trial, the result of several trials all of them. Raises
-    TrackingError if there is no such run, or it is not a demo's.
+
+def load_demo(run_id: str) -> tuple[Outcome, Boundary | None]:
+    """Read back a demo's outcome, and what its boundary is drawn from.
+
+    The run may be the demo's or one of its children. Raises TrackingError if there is no such run,
+    or its files are not there.
     """
-    uri = tracking_uri()
-    path = uri.removeprefix("sqlite:///").partition("?")[0]
-    if uri.startswith("sqlite:///") and not Path(path).exists():  # MLflow would make it
-        raise TrackingError(f"--run-id {run_id}: there is no {path}")
     try:
-        with _quietly(), tempfile.TemporaryDirectory() as folder:
-            client = mlflow.MlflowClient(uri)
-            parameters = client.get_run(run_id).data.params
-            files = Path(client.download_artifacts(run_id, "", folder))
-            if not (files / HISTORY_FILE).exists():
-                raise FileNotFoundError(0, "no demo's run, or one that an earlier version logged")
-            history, boundary = pd.read_csv(files / HISTORY_FILE, engine="pyarrow"), None
-            if (files / BOUNDARY_FILE).exists():
+        if (file := sqlite_file()).is_absolute() and not file.exists():  # MLflow would make it
+            raise FileNotFoundError(f"there is no {file}")
+        client, boundary = open_store(), None
+        run = client.get_run(run_id)
+        run = client.get_run(run.data.tags.get(PARENT, run_id)).info
+        names = [file.path for file in client.list_artifacts(run.run_id)]
+        if HISTORY_FILE not in names:
+            raise FileNotFoundError(f"there is no {HISTORY_FILE} in {run.artifact_uri}")
+        with tempfile.TemporaryDirectory() as folder:
+            files = Path(client.download_artifacts(run.run_id, "", folder))
+            parameters = json.loads((files / SETTINGS_FILE).read_text())
+            outcome = conclude(read_csv(files / HISTORY_FILE), parameters)
+            if BOUNDARY_FILE in names:
                 with np.load(files / BOUNDARY_FILE) as arrays:
                     boundary = Boundary(**arrays)
     except Exception as error:  # of whatever the store is made of
-        raise TrackingError(f"--run-id {run_id}: it cannot be read: {reason(error)}") from error
-    return history, parameters, boundary
+        raise TrackingError(f"--run-id {run_id}: {explain(error)}") from error
+    return outcome, boundary

@@ -20,19 +20,17 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
-import mlflow
 import pytest
 
 from settings import parse_flags
+from tracking import mlflow  # as the project sets it up
 
 PROJECT = Path(__file__).parent.parent
-SETTINGS = {
-    "run_demo_synth.py": "DemoSettings",
-    "run_table_synth.py": "TableSettings",
-    "plot.py": "PlotSettings",
-}
+SETTINGS = {"run_demo_synth.py": "Demo", "run_table_synth.py": "Table", "plot.py": "PlotSettings"}
 PICTURES = {"synth_acc.png", "synth_boundary.png", "synth_loss.png"}
+PARENT = "mlflow.parentRunId"
 SMALL = (
     *("--train-samples", 30, "--val-samples", 20, "--test-samples", 60),
     *("--hidden-layers", 2, "--hidden-units", 16),
@@ -56,7 +54,7 @@ class Folder:
         self.uri = uri or f"sqlite:///{path}/mlflow.db"
         self.processes: list[subprocess.Popen] = []
 
-    def run(self, script: str, *flags: object) -> Result:
+    def run(self, script: str, *flags: object, stdout: TextIO | None = None) -> Result:
         """Run a script's `main` in this process: where the process is not the point."""
         module = importlib.import_module(script.removesuffix(".py"))
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -65,9 +63,8 @@ class Folder:
             patch.chdir(self.path)
             patch.setattr(sys, "argv", [str(PROJECT / script), *map(str, flags)])
             patch.setenv("MLFLOW_TRACKING_URI", self.uri)
-            patch.setattr(sys, "unraisablehook", sys.unraisablehook)
             try:
-                with redirect_stdout(output), redirect_stderr(errors):
+                with redirect_stdout(stdout or output), redirect_stderr(errors):
                     module.main(parse_flags(getattr(module, SETTINGS[script]), module.__doc__))
             except SystemExit as leaving:
                 status = leaving.code
@@ -107,16 +104,17 @@ class Folder:
             return []
         return self.client.search_runs([found.experiment_id], order_by=["start_time"])
 
-    def demo_runs(self) -> list[mlflow.entities.Run]:
-        """The demos' runs by demo, seed and flood level; not those of several trials' results."""
-        return sorted(
-            (run for run in self.runs("flooding-synth") if "flood_level" in run.data.params),
-            key=lambda run: (
-                run.data.tags["demo"],
-                int(run.data.params["seed"]),
-                float(run.data.params["flood_level"]),
-            ),
-        )
+    def parents(self, experiment: str = "flooding-synth") -> list[mlflow.entities.Run]:
+        """The runs that a demo or a table has as a whole, oldest first."""
+        return [run for run in self.runs(experiment) if PARENT not in run.data.tags]
+
+    def children(self, parent: mlflow.entities.Run) -> list[mlflow.entities.Run]:
+        """A parent's children by seed and flood level."""
+        query = f"tags.`{PARENT}` = '{parent.info.run_id}'"
+        children = self.client.search_runs([parent.info.experiment_id], query)
+        given = [run.data.params for run in children]
+        order = [(int(one["seed"]), float(one.get("flood_level", 0))) for one in given]
+        return [children[k] for k in sorted(range(len(children)), key=order.__getitem__)]
 
     def curve(self, run: mlflow.entities.Run, name: str) -> dict[int, float]:
         """A metric by step, each logged once."""
@@ -159,6 +157,13 @@ class Server:
         except (urllib.error.URLError, TimeoutError):
             return False
         return True
+
+    def pause(self) -> None:
+        """Let it take connections, and not answer."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.killpg(self.process.pid, signal.SIGCONT)
 
     def kill(self) -> None:
         """Kill it with its workers; nothing listens afterwards."""

@@ -136,23 +136,43 @@ def test_help_without_docstrings_and_in_the_narrowest_terminal(tmp_path, script,
 def test_a_folder_for_files_is_made_or_refused(tmp_path):
     settings.check_output_dir(tmp_path / "new" / "one")
     assert (tmp_path / "new" / "one").is_dir() and not list((tmp_path / "new" / "one").iterdir())
-    with pytest.raises(
-        SettingError, match=r"^output_dir /dev/null/x: a folder that can be written"
-    ):
-        settings.check_output_dir(Path("/dev/null/x"))
+    for folder in ("/dev/null/x", "/proc/self"):
+        with pytest.raises(SettingError, match=f"^output_dir {folder}: a folder that can be writ"):
+            settings.check_output_dir(Path(folder))
 
 
 def test_what_fails_after_training_costs_only_itself(capsys):
     failures = []
-    for error in (OSError("no\nspace"), ValueError("second")):
+    for text in ("no\nspace", "second", "second"):
         with settings.going_on(failures, OSError, ValueError):
-            raise error
+            raise OSError(text)
     with pytest.raises(KeyError), settings.going_on(failures, OSError):
         raise KeyError
     with pytest.raises(SystemExit, match=r"^1$"):
         settings.end_with(failures)
-    assert capsys.readouterr().err.endswith(": error: no space\n")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" error: ")[1] for line in lines] == ["no space", "second"]
     settings.end_with([])
+
+
+@pytest.mark.parametrize("broken", ["stdout", "stderr"])
+def test_a_stream_that_nobody_reads_costs_only_itself(tmp_path, broken):
+    """As in `script | head -1`, also when the interpreter ends and empties its buffers."""
+    code = (
+        "import settings, sys\nfailures = []\nsettings.tell(failures, 'one')\n"
+        "bar = settings.progress_bar(10, 'epoch')\nbar.delay = bar.mininterval = 0\n"
+        "bar.update(5)\nbar.close()\nsettings.tell(failures, 'two')\n"
+        f"open({str(tmp_path / 'done')!r}, 'w').close()\nsettings.end_with(failures)"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, broken: writing}
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, text=True, **streams)
+    assert (tmp_path / "done").exists() and done.returncode == (broken == "stdout")
+    if broken == "stdout":
+        assert done.stderr.splitlines()[-1].endswith("error: [Errno 32] Broken pipe")
+    else:
+        assert done.stdout == "one\ntwo\n"
 
 
 def test_no_stream_stops_a_script(tmp_path):

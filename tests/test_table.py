@@ -258,7 +258,8 @@ def test_a_store_and_a_picture_that_fail_cost_no_figure(whole, folder, monkeypat
     monkeypatch.setattr("plot.draw_table", lambda *_: 1 / 0)
     result = folder.run(SCRIPT, *SMALL)
     assert result.status == 1 and "Saved: " in result.output
-    assert one_line(result.errors).endswith(": error: the store is away")
+    [store, picture] = result.errors.splitlines()
+    assert store.endswith(": error: the store is away") and picture.endswith("division by zero")
     assert_same_files(folder, whole, (TRIALS_FILE, *PRINTED[:2]))
 
 
