@@ -297,4 +297,4 @@ def write_files(files: Mapping[str, bytes], directory: Path) -> list[Path]:
                 (Path(folder) / name).write_bytes(content)
             return [(Path(folder) / name).replace(directory / name) for name in files]
     except OSError as error:  # of a full disk it does not say which
-        raise OSError(f"{directory} cannot be written to: {error.strerror}") from error
+        raise OSError(f"{directory}: {error}") from error

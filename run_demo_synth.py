@@ -7,8 +7,6 @@ flipped, an MLP without flooding and with three flood levels. It saves `synth_lo
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Annotated, Literal
 
 import settings
 from datasets import Data
-from settings import Count, Model, Training, ending_on, flag, going_on
+from settings import Count, Model, Training, ending_on, flag, going_on, tell
 
 FLOOD_LEVELS = {"sgd": (0.26, 0.27, 0.28), "adam": (0.24, 0.25, 0.26)}
 
@@ -141,15 +139,6 @@ def train_trial(
         for copy, level in enumerate(now.metrics.flood_level):
             networks[level] = now.network.select([copy])
     return pd.concat(history, ignore_index=True), networks
-
-
-def tell(failures: list[Exception], *words: object) -> None:
-    """Print, and go on where nobody reads it any more or a disk is full."""
-    try:
-        print(*words, flush=True)
-    except OSError as error:
-        failures.append(error)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in it
 
 
 if __name__ == "__main__":

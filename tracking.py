@@ -146,22 +146,22 @@ def open_experiment(name: str) -> tuple[mlflow.MlflowClient, str]:
 class ParentRun:
     """A run with children and files; those that are not finished when it is left are FAILED.
 
-    It is open when its store has taken a file. `about` is Markdown that every run has, and the
-    experiment with a link to the children, whose address ends in `view`. With a `key` the parent
-    that has it goes on, if there is one. Raises TrackingError for all that the store refuses.
+    It is open when its store has taken a file. With a `key` the parent that has it goes on, if
+    there is one. `view` ends the address of its children. Raises TrackingError for all that the
+    store refuses.
     """
 
-    def __init__(
-        self, experiment: str, name: str, about: str, parameters: Mapping[str, object],
-        tags: Mapping[str, str], view: str, key: str = "",
-    ) -> None:  # fmt: skip
-        self._about, self._parameters, self._tags = about, parameters, {**resolve_tags(), **tags}
+    experiment: str
+    about: str  # Markdown that every run has, and the experiment with a link to the last children
+
+    def __init__(self, name, parameters, tags, view, key="") -> None:
+        self._parameters, self._tags = parameters, {**resolve_tags(), NOTE: self.about, **tags}
         self._unfinished, self._seconds_lost = [], 0.0
         with self._asking(), contextlib.ExitStack() as opening:
             opening.callback(self.__exit__)
-            self._client, self._experiment = open_experiment(experiment)
+            self._client, self._experiment_id = open_experiment(self.experiment)
             query = f"tags.key = '{key}'"
-            runs = self._client.search_runs([self._experiment], query) if key else []
+            runs = self._client.search_runs([self._experiment_id], query) if key else []
             if runs:
                 self._unfinished = [runs[0].info.run_id]
                 self._client.update_run(self._unfinished[0], "RUNNING")
@@ -170,9 +170,11 @@ class ParentRun:
             self._id = self._unfinished[0]
             self._add_files({SETTINGS_FILE: json.dumps(parameters, indent=1).encode()})
             opening.pop_all()
-        children = quote(f"tags.`{PARENT}` = '{self._id}'")
-        view = f"workflowType=machine_learning&orderByAsc=true&{view}"
-        self._page = f"#/experiments/{self._experiment}/runs?searchFilter={children}&{view}"
+        children = quote(
+            f"searchFilter=tags.`{PARENT}` = '{self._id}'&orderByAsc=true&{view}", "=&"
+        )
+        runs = f"#/experiments/{self._experiment_id}/runs?workflowType=machine_learning"
+        self._page = f"{runs}&{children}"
 
     def __enter__(self) -> ParentRun:
         return self
@@ -200,8 +202,8 @@ class ParentRun:
 
     def _create(self, name, tags, parameters, began):
         """Make a run that began then, in s since 1970; return its id."""
-        tags = {**self._tags, NOTE: self._about, **tags}
-        run = self._client.create_run(self._experiment, int(1000 * began), tags, name)
+        tags = {**self._tags, **tags}
+        run = self._client.create_run(self._experiment_id, int(1000 * began), tags, name)
         self._unfinished.append(run.info.run_id)
         params = [Param(name, str(value)) for name, value in parameters.items()]
         self._client.log_batch(run.info.run_id, params=params)
@@ -228,7 +230,7 @@ class ParentRun:
         self._client.log_inputs(run_id, describe_datasets(data, seed))
         self._finish(run_id, curves, times[1])
         lead = f"Training with and without flooding, [**the last runs**]({self._page})."
-        self._client.set_experiment_tag(self._experiment, NOTE, f"{lead}\n\n{self._about}")
+        self._client.set_experiment_tag(self._experiment_id, NOTE, f"{lead}\n\n{self.about}")
 
     def _add_files(self, files):
         with tempfile.TemporaryDirectory() as folder:
@@ -239,7 +241,7 @@ class ParentRun:
         """Write what it has come to, which ends it."""
         with self._asking():
             self._add_files(files)
-            self._client.set_tag(self._id, NOTE, f"```\n{summary}\n```\n\n{self._about}")
+            self._client.set_tag(self._id, NOTE, f"```\n{summary}\n```\n\n{self.about}")
             curves = {name: {0: value} for name, value in metrics.items()}
             self._finish(self._id, curves, time.time())
 
@@ -256,15 +258,14 @@ class ParentRun:
 class DemoLog(ParentRun):
     """A demo in MLflow: its result, and a child for each flood level of each trial."""
 
+    experiment, about = "flooding-synth", DEMO
+
     def __init__(self, parameters: Mapping[str, object], device: torch.device) -> None:
-        trials = parameters["trials"]
+        several = parameters["trials"] > 1
+        name = f"{parameters['dataset']}, {parameters['trials']} trial{'s' if several else ''}"
         # Sorted like this, the page does not fold children into their parent. It shows ten.
-        view = (
-            f"compareRunsMode=CHART&orderByKey=params.`{'seed' if trials > 1 else 'flood_level'}`"
-        )
-        name = f"{parameters['dataset']}, {trials} trial{'s' if trials > 1 else ''}"
-        tags = provenance(device)
-        super().__init__("flooding-synth", name, DEMO, parameters, tags, quote(view, "=&"))
+        view = f"orderByKey=params.`{'seed' if several else 'flood_level'}`&compareRunsMode=CHART"
+        super().__init__(name, parameters, provenance(device), view)
 
     def trial(
         self, seed: int, times: tuple[float, float], history: pd.DataFrame, data: Data
@@ -283,8 +284,8 @@ class DemoLog(ParentRun):
             own = {"flood_level": level}
             with going_on(failures, TrackingError), self._asking():
                 self._add_child(name, own, data, seed, curves, (began, times[1]), color)
-        for failure in failures[:1]:
-            raise failure
+        if failures:
+            raise failures[0]
 
     def finish(self, outcome: Outcome, boundary: Boundary | None) -> None:
         """Keep the result: clean test scores, and what the pictures are drawn from."""
@@ -309,10 +310,11 @@ class DemoLog(ParentRun):
 class TableLog(ParentRun):
     """A table in MLflow: its files, and a child for each trial that was trained here."""
 
+    experiment, about = "flooding-table", TABLE
+
     def __init__(self, parameters: Mapping[str, object]) -> None:
-        text = json.dumps(parameters, sort_keys=True)
-        key, view = hashlib.sha256(text.encode()).hexdigest()[:16], "orderByKey=params.`seed`"
-        super().__init__("flooding-table", "table", TABLE, parameters, {}, quote(view, "="), key)
+        key = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:16]
+        super().__init__("table", parameters, {}, "orderByKey=params.`seed`", key)
         self.commit = self._tags.get("mlflow.source.git.commit", "")
 
     def trial(

@@ -82,8 +82,9 @@ def test_defaults_are_the_papers_with_the_released_network(monkeypatch):
     sizes = {"gaussian": 200, "sinusoid2d": 100, "spiral": 200}
     settings = [(x.dataset, x.label_noise, x.train_samples) for x in table.list_settings()]
     assert settings == [(name, p, sizes[name]) for name in sizes for p in (0.01, 0.05, 0.1)]
-    quick = parse(monkeypatch, "--quick", "--flood-max", 0.25)
-    assert (quick.trials, quick.list_models("levels")) == (2, [(0, 0.0), (0, 0.1), (0, 0.2)])
+    quick = parse(monkeypatch, "--quick", "--flood-max", 0.35)
+    assert (quick.trials, [b for _, b in quick.list_models("levels")]) == (2, [0, 0.1, 0.2, 0.3])
+    assert [b for _, b in replace(quick, flood_max=0.3).list_models("levels")][-1] == 0.3
     flags = ("--dataset", "gaussian", "--hidden-layers", 5, "--no-batch-norm", "--val-samples", 50)
     candidate = parse(monkeypatch, *flags)
     assert candidate.model == Model(hidden_layers=5, batch_norm=False)
@@ -122,6 +123,7 @@ def test_raw_figures_are_of_a_training_that_scores_last_and_best(whole):
     pd.testing.assert_frame_equal(rows[figures], expected[figures], check_exact=True)
     assert (rows.version == 2).all() and (rows.device == "cpu").all()
     [parent] = whole.parents("flooding-table")
+    assert set(rows.commit.fillna("")) == {parent.data.tags.get("mlflow.source.git.commit", "")}
     children = whole.children(parent)
     assert len(children) == TRIALS and {run.info.status for run in children} == {"FINISHED"}
     child = next(

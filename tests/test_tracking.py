@@ -11,12 +11,13 @@ import time
 
 import mlflow.environment_variables as mlflow_settings
 import pytest
+import torch
 from conftest import PICTURES, SMALL, Folder, one_line
 from mlflow.exceptions import MlflowException
 
 import run_demo_synth
 from datasets import Data
-from tracking import TableLog, mlflow
+from tracking import DemoLog, TableLog, mlflow
 
 SCRIPT = "run_demo_synth.py"
 FLAGS = (*SMALL, "--epochs", 2, "--flood-levels", 0.65)
@@ -62,15 +63,17 @@ def test_a_server_that_is_silent_and_then_dies_costs_only_its_log(
     monkeypatch.setattr(run_demo_synth, "train_trial", trained)
     served.uri = server.uri.replace("//", "//me:se%63ret@")
     result = served.run(SCRIPT, *FLAGS, "--trials", 3)
-    line = one_line(result.errors)
-    assert result.status == 1 and line.startswith(f"{SCRIPT}: error: $MLFLOW_TRACKING_URI: ")
-    assert "timed out" in line and "Charts: $MLFLOW_TRACKING_URI/#/experiments/" in result.output
+    lines = result.errors.splitlines()
+    assert result.status == 1 and len(lines) == 2  # what it met, each said once
+    assert all(line.startswith(f"{SCRIPT}: error: $MLFLOW_TRACKING_URI: ") for line in lines)
+    assert "timed out" in lines[0] and "refused" in lines[1]
+    assert "Charts: $MLFLOW_TRACKING_URI/#/experiments/" in result.output
     assert "<- chosen" in result.output and {p.name for p in served.path.iterdir()} >= PICTURES
     [parent] = (there := Folder(server.path)).parents()
     children = [run for run in there.children(parent) if run.data.params["seed"] == "1"]
     assert statuses(children) == ["FINISHED"] * 2 and statuses([parent]) == ["RUNNING"]
     logged = str([run.to_dictionary() for run in [parent, *children]])
-    assert not any(secret in text for secret in SECRETS for text in (logged, line, result.output))
+    assert not any(secret in text for secret in SECRETS for text in (logged, *lines, result.output))
 
 
 def test_ctrl_c_while_a_store_is_silent_ends_at_once(empty_folder):
@@ -114,12 +117,15 @@ def test_a_store_that_is_not_there(empty_folder, hasty, script, uri, said):
 
 
 @pytest.mark.parametrize("copied", [True, False])
-def test_a_folder_that_was_moved_or_copied_is_refused_before_training(folder, tmp_path, copied):
+def test_a_folder_that_was_moved_or_copied_is_refused_before_training(folder, monkeypatch, copied):
     """MLflow would write to the old place without a word."""
-    old, new = tmp_path / "old", Folder(tmp_path / "new")
+    old, new = folder.path / "old", Folder(folder.path / "new")
     old.mkdir()
     shutil.move(folder.path / "mlflow.db", old)
-    assert Folder(old).run(SCRIPT, *FLAGS).status == 0
+    monkeypatch.chdir(old)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    with DemoLog({"dataset": "spiral", "trials": 1}, torch.device("cpu")):
+        pass
     shutil.copytree(old, new.path) if copied else old.rename(new.path)
     result = new.run(SCRIPT, *FLAGS)
     assert result.status == 2 and result.output == ""
@@ -133,15 +139,6 @@ def test_files_that_cannot_be_written_are_refused_before_training(folder):
     assert result.status == 2 and result.output == ""
     assert f"{folder.path}/mlruns" in one_line(result.errors)
     assert statuses(folder.parents()) == ["FAILED"]
-
-
-def test_an_experiment_that_was_deleted_is_there_again(folder):
-    assert folder.run(SCRIPT, *FLAGS).status == 0
-    [first] = folder.parents()
-    folder.client.delete_experiment(first.info.experiment_id)
-    result = folder.run(SCRIPT, *FLAGS)
-    assert result.status == 0 and result.errors == "", result.errors
-    assert statuses(folder.parents()) == ["FINISHED"] * 2
 
 
 def test_a_run_that_is_refused_costs_only_itself(folder, monkeypatch):
@@ -158,7 +155,7 @@ def test_a_run_that_is_refused_costs_only_itself(folder, monkeypatch):
     assert parent.info.status == "FINISHED" and "<- chosen" in result.output
 
 
-def test_a_table_goes_on_in_its_parent(folder, monkeypatch):
+def test_a_table_goes_on_in_its_parent_though_it_was_deleted(folder, monkeypatch):
     monkeypatch.chdir(folder.path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{folder.uri}?timeout=10")  # may be a password
     data = Data(dataset="spiral", label_noise=0.05, test_samples=20).filled()
@@ -171,7 +168,9 @@ def test_a_table_goes_on_in_its_parent(folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt), TableLog(given) as log:
         add(log, 1)
         raise KeyboardInterrupt
-    assert statuses(folder.parents("flooding-table")) == ["FAILED"]
+    [parent] = folder.parents("flooding-table")
+    assert parent.info.status == "FAILED"
+    folder.client.delete_experiment(parent.info.experiment_id)  # then it is restored
     with TableLog(dict(reversed(given.items()))) as log:
         add(log, 0)
         log.finish("the table", {"table.csv": b"figures"})
