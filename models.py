@@ -104,12 +104,15 @@ def stacked_product(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def prefers_convolution(device: torch.device) -> bool:
-    """Return whether oneDNN multiplies faster than PyTorch's `bmm`, by the kind of processor.
+    """Return whether oneDNN multiplies faster here than PyTorch's `bmm`.
 
-    With AVX-512 it does, twice as fast on AMD's processors, where `bmm` (MKL) uses AVX2 only.
+    With AVX-512 it does, twice as fast on AMD's processors, where `bmm` (MKL) uses AVX2 only. With
+    AVX2 they are as fast; but `bmm` needs its rows by model, which costs evaluation a copy a layer.
     """
-    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return device.type == "cpu" and wide and torch.backends.mkldnn.is_available()
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    capability = torch.backends.cpu.get_cpu_capability()
+    return capability == "AVX512" or (capability == "AVX2" and not torch.is_grad_enabled())
 
 
 class _Convolution(torch.autograd.Function):
