@@ -40,15 +40,15 @@ LIMIT_SECONDS = 0.2  # a shape of (a), each round; twice that for each of the ot
 ENDLESS = 10**6  # epochs, more than are measured
 # NumPy's products in a process of their own, so that variables for another OpenBLAS can be unset.
 NUMPY = """
-import time, numpy
+import statistics, time, numpy
 left, right = numpy.ones((4000, 500), "f"), numpy.ones((500, 500), "f")
 out = left @ right
-best = 1e9
+seconds = []
 for _ in range(60):
     start = time.perf_counter()
     numpy.matmul(left, right, out=out)
-    best = min(best, time.perf_counter() - start)
-print(best)
+    seconds.append(time.perf_counter() - start)
+print(statistics.median(seconds))
 """
 
 
@@ -228,11 +228,15 @@ def report(
     """Print the rates, and how near each comes to the best of (a)."""
     on_gpu = device.type == "cuda"
     machine = torch.cuda.get_device_name() if on_gpu else platform.processor()
-    ours = "oneDNN" if prefers_convolution(device) else "bmm"
+    libraries = {False: "bmm", True: "oneDNN"}
+    training = libraries[prefers_convolution(device)]
+    with torch.no_grad():
+        evaluation = libraries[prefers_convolution(device)]
     print(
         f"{machine or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, {rounds} rounds; "
-        f"stacked products by {ours}\n\n{'':36}{'ms':>10}{'GFLOP/s':>10}{'of (a)':>8}"
+        f"training by {training}, evaluation by {evaluation}\n\n"
+        f"{'':36}{'ms':>10}{'GFLOP/s':>10}{'of (a)':>8}"
     )
     for name, rate in rates.items():
         shown = f"{1000 * medians[name]:10.2f}" if name in medians else f"{'':10}"
