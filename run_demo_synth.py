@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import settings
-from datasets import Data
-from settings import Count, Model, Training, ending_on, flag, going_on, tell
+from datasets import DATASETS, Data
+from settings import Count, Model, Switch, Training, ending_on, flag, going_on, tell
 
+FRAMES = 40  # of the moving picture, about
 FLOOD_LEVELS = {"sgd": (0.26, 0.27, 0.28), "adam": (0.24, 0.25, 0.26)}
 
 
@@ -40,6 +41,8 @@ class Demo:
     """epochs between evaluations; the last epoch is always evaluated"""
     trials: Count = 1
     """trials; trial t draws data and weights from seed + t"""
+    animate: Switch = False
+    """save synth_boundary.gif too: the boundaries over the epochs"""
     seed: settings.Seed = 0
     device: settings.DeviceName = "auto"
     output_dir: settings.OutputDir = Path(".")
@@ -50,6 +53,9 @@ class Demo:
         settings.check_seed(self.seed)
         samples = self.data.filled().train_samples
         self.training.check_batches(samples, self.model.batch_norm)
+        in_plane = DATASETS[self.data.dataset].boundary is not None
+        allowed = "spiral or sinusoid2d with --animate, which shows data in the plane"
+        settings.check(in_plane or not self.animate, "dataset", self.data.dataset, allowed)
 
     def filled(self) -> Demo:
         """Return a copy that has all defaults, and the levels in order, 0 among them."""
@@ -103,16 +109,21 @@ def main(demo: Demo) -> None:
 
         outcome = conclude(pd.concat(histories, ignore_index=True), parameters)
         tell(failures, f"\n{outcome.summary}\n")
-        boundary, (data, networks) = None, first
+        boundary, boundaries, (data, networks) = None, {}, first
         if data.train.inputs.shape[1] == 2:
-            shown = [networks[level] for level in dict.fromkeys([0.0, outcome.compared])]
-            boundary = find_boundary(shown, data.train)
+            shown = [*dict.fromkeys([0.0, outcome.compared])]
+            for epoch, by_level in networks.items():
+                boundary = find_boundary([by_level[level] for level in shown], data.train)
+                boundaries[epoch] = boundary
         with going_on(failures, OSError):
             tell(failures, "Result:", *write_files(result_files(outcome), demo.output_dir))
         with going_on(failures, TrackingError):
             log.finish(outcome, boundary)
         with going_on(failures, Exception):  # whatever drawing may raise
             pictures = plot.png_files(plot.draw_demo(outcome, boundary))
+            if demo.animate:
+                moving = plot.draw_boundaries_over_time(outcome, boundaries)
+                pictures["synth_boundary.gif"] = moving
             with going_on(failures, TrackingError):
                 log.pictures(pictures)
             tell(failures, "Pictures:", *write_files(pictures, demo.output_dir))
@@ -122,22 +133,27 @@ def main(demo: Demo) -> None:
 
 def train_trial(
     demo: Demo, data: Dataset, seed: int, device: torch.device, bar: tqdm
-) -> tuple[pd.DataFrame, dict[float, MLP]]:
+) -> tuple[pd.DataFrame, dict[int, dict[float, MLP]]]:
     """Train one network for each flood level, all from the same weights, drawn from the seed.
 
-    Returns their history, see `results.Outcome`, and the networks of the last epoch by level.
+    Returns their history, see `results.Outcome`, and the networks by epoch and level: of the last
+    epoch, and of those that a moving picture shows.
     """
     generator = torch.Generator().manual_seed(seed)
     network = MLP(data.train.inputs.shape[1], demo.model, [generator])
-    history, networks = [], {}
+    last, every = demo.training.epochs, demo.eval_every
+    step = every * max(1, last // (FRAMES * every))
+    frames = range(step, last, step) if demo.animate else ()
+    history, networks = [], {epoch: {} for epoch in (*frames, last)}
     for epochs in train(
         network, data, demo.flood_levels, demo.training, device, generator,
-        eval_every=demo.eval_every, on_epoch=bar.update,
+        eval_every=every, on_epoch=bar.update,
     ):  # fmt: skip
         for now in epochs:
             history.append(now.metrics.drop(columns="start").assign(seed=seed))
-        for copy, level in enumerate(now.metrics.flood_level):
-            networks[level] = now.network.select([copy])
+            if now.epoch in networks:
+                for copy, level in enumerate(now.metrics.flood_level):
+                    networks[now.epoch][level] = now.network.select([copy])
     return pd.concat(history, ignore_index=True), networks
 
 

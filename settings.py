@@ -235,8 +235,11 @@ def _silence(stream: TextIO) -> None:
 
 
 def end_with(failures: Sequence[Exception]) -> None:
-    """End the script with status 1 and a line for each failure that was noted, if there is one."""
-    for text in dict.fromkeys(" ".join(str(failure).split()) for failure in failures):
+    """End the script with status 1, and a line for the first failure of each kind, if any."""
+    first: dict[type, str] = {}
+    for failure in failures:
+        first.setdefault(type(failure), " ".join(str(failure).split()))
+    for text in first.values():
         print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
     if failures:
         sys.exit(1)

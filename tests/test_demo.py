@@ -64,6 +64,7 @@ def test_defaults_are_the_authors(parsed):
         **{"hidden_layers": 4, "hidden_units": 500, "batch_norm": True, "flood_on": "batch"},
         **{"optimizer": "sgd", "learning_rate": 0.01, "momentum": 0.9, "weight_decay": 0.0},
         **{"batch_size": 200, "epochs": 200, "eval_every": 1, "select_on": "clean"},
+        "animate": False,
         **{"flood_levels": [0.0, 0.26, 0.27, 0.28], "trials": 1, "seed": 0, "device": "auto"},
         "output_dir": ".",
     }
@@ -166,7 +167,11 @@ def test_trials_are_the_demos_of_their_seeds(folder, monkeypatch):
     monkeypatch.setattr(run_demo_synth, "train", spied)
     monkeypatch.setattr(plot, "draw_demo", lambda *of: drawn.append(of) or draw_demo(*of))
     flags = ("--select-on", "noisy", "--flood-levels", 0.3, 0.7, "--eval-every", 2)
-    result = folder.run(SCRIPT, *FLAGS, *flags, "--seed", 3, "--trials", 2)
+    moving, draw_moving = [], plot.draw_boundaries_over_time
+    monkeypatch.setattr(
+        plot, "draw_boundaries_over_time", lambda *of: moving.append(of[1]) or draw_moving(*of)
+    )
+    result = folder.run(SCRIPT, *FLAGS, *flags, "--seed", 3, "--trials", 2, "--animate")
     assert result.status == 0 and result.errors == "", result.errors
     saved = files(folder.path, "*.png")
     alone = folder.run(SCRIPT, *FLAGS, *flags, "--seed", 4)
@@ -179,8 +184,15 @@ def test_trials_are_the_demos_of_their_seeds(folder, monkeypatch):
     pd.testing.assert_frame_equal(ours, alone.history, check_exact=True)
     assert sorted(set(ours.epoch)) == [0, 2, 3] and sorted(set(ours.flood_level)) == [0, 0.3, 0.7]
     assert torch.equal(torch.tensor(boundary.inputs), trials[0][0])  # the first trial's
+    [moving] = moving
+    assert list(moving) == [2, 3] and vars(moving[3]).items() == vars(boundary).items()
+    history = outcome.history.set_index(["seed", "epoch", "flood_level"]).train_accuracy_noisy
+    for epoch, then in moving.items():
+        accuracies = (then.predictions == then.noisy_labels).mean(axis=1)
+        assert list(accuracies) == [history[3, epoch, b] for b in (0.0, outcome.compared)]
 
     parent, _ = folder.parents()
+    assert artifacts(folder, parent) == {*KEPT, *saved, "boundary.npz", "synth_boundary.gif"}
     assert parent.info.run_name == "sinusoid2d, 2 trials"
     last = outcome.history.query("epoch == 3 and flood_level == 0").test_accuracy_clean
     mean, deviation = last.mean(), abs(last.diff().iloc[1]) / 2**0.5
@@ -303,7 +315,7 @@ def test_an_interrupted_demo_keeps_its_finished_trials(folder, monkeypatch):
         """--flood-levels -0.2; --flood-levels nan; --flood-levels inf; --eval-every 0; --trials 0;
         --seed -1; --seed 4294967296; --label-noise 1.0; --hidden-units 0; --learning-rate nan;
         --optimizer adam --momentum 0.5; --batch-size 33; --output-dir /dev/null/pictures;
-        --device cuda""",
+        --animate --dataset gaussian; --device cuda""",
     ),
 )
 def test_flags_out_of_range_are_refused_in_one_line(empty_folder, monkeypatch, flags):

@@ -93,15 +93,15 @@ def test_a_folder_for_files_is_made_or_refused(tmp_path):
 
 def test_what_fails_after_training_costs_only_itself(capsys):
     failures = []
-    for text in ("no\nspace", "second", "second"):
+    for error in (OSError("no\nspace"), ValueError("other"), OSError("again")):
         with settings.going_on(failures, OSError, ValueError):
-            raise OSError(text)
+            raise error
     with pytest.raises(KeyError), settings.going_on(failures, OSError):
         raise KeyError
     with pytest.raises(SystemExit, match=r"^1$"):
         settings.end_with(failures)
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(" error: ")[1] for line in lines] == ["no space", "second"]
+    assert [line.split(" error: ")[1] for line in lines] == ["no space", "other"]
     settings.end_with([])
 
 
