@@ -95,28 +95,18 @@ def main(demo: Demo) -> None:
         log = DemoLog(parameters, device)
     with log:
         tell(failures, plot.describe(parameters).replace("\n", "; "), f"on {device.type}")
-        epochs = demo.trials * count_epochs(demo.flood_levels, demo.training.epochs, device)
-        histories, first = [], None
-        with ending_on(DivergenceError), settings.progress_bar(epochs, "epoch") as bar:
-            for seed in range(demo.seed, demo.seed + demo.trials):
-                began = time.time()
-                data = make_dataset(demo.data, seed)
-                history, networks = train_trial(demo, data, seed, device, bar)
-                histories.append(history)
-                first = first or (data, networks)
-                with going_on(failures, TrackingError):
-                    log.trial(seed, (began, time.time()), history, demo.data)
-
-        outcome = conclude(pd.concat(histories, ignore_index=True), parameters)
+        history, data, networks = train_trials(demo, device, log, failures)
+        outcome = conclude(history, parameters)
         tell(failures, f"\n{outcome.summary}\n")
-        boundary, boundaries, (data, networks) = None, {}, first
-        if data.train.inputs.shape[1] == 2:
-            shown = [*dict.fromkeys([0.0, outcome.compared])]
-            for epoch, by_level in networks.items():
-                boundary = find_boundary([by_level[level] for level in shown], data.train)
-                boundaries[epoch] = boundary
         with going_on(failures, OSError):
             tell(failures, "Result:", *write_files(result_files(outcome), demo.output_dir))
+        boundaries = {}  # of the two levels that are compared, by epoch
+        if data.train.inputs.shape[1] == 2:
+            shown = dict.fromkeys([0.0, outcome.compared])
+            for epoch, by_level in networks.items():
+                compared = [by_level[level] for level in shown]
+                boundaries[epoch] = find_boundary(compared, data.train)
+        boundary = boundaries.get(demo.training.epochs)
         with going_on(failures, TrackingError):
             log.finish(outcome, boundary)
         with going_on(failures, Exception):  # whatever drawing may raise
@@ -129,6 +119,27 @@ def main(demo: Demo) -> None:
             tell(failures, "Pictures:", *write_files(pictures, demo.output_dir))
     tell(failures, log.how_to_look())
     settings.end_with(failures)
+
+
+def train_trials(
+    demo: Demo, device: torch.device, log: DemoLog, failures: list[Exception]
+) -> tuple[pd.DataFrame, Dataset, dict[int, dict[float, MLP]]]:
+    """Train and log one trial after the other.
+
+    Returns their history, and the data and networks of the first, as `train_trial` does.
+    """
+    epochs = demo.trials * count_epochs(demo.flood_levels, demo.training.epochs, device)
+    histories, first = [], None
+    with ending_on(DivergenceError), settings.progress_bar(epochs, "epoch") as bar:
+        for seed in range(demo.seed, demo.seed + demo.trials):
+            began = time.time()
+            data = make_dataset(demo.data, seed)
+            history, networks = train_trial(demo, data, seed, device, bar)
+            histories.append(history)
+            first = first or (data, networks)
+            with going_on(failures, TrackingError):
+                log.trial(seed, (began, time.time()), history, demo.data)
+    return pd.concat(histories, ignore_index=True), *first
 
 
 def train_trial(
