@@ -231,10 +231,10 @@ def _draw_boundary(outcome: Outcome, boundary: Boundary, epoch: int | None = Non
 
 def _explain_marks(page: SubFigure, place: str = "outside lower center", ncols: int = 1) -> None:
     """Put a legend below a page: each thing that is drawn there once, in the alphabet's order."""
-    named = [axes.get_legend_handles_labels()[::-1] for axes in page.axes]
-    entries = {label: handle for panel in named for label, handle in zip(*panel)}
-    handles = [entries[label] for label in sorted(entries)]
-    page.legend(handles, sorted(entries), loc=place, ncols=ncols)
+    named = [zip(*axes.get_legend_handles_labels()[::-1]) for axes in page.axes]
+    entries = {label: handle for panel in named for label, handle in panel}
+    labels, handles = zip(*sorted(entries.items()))
+    page.legend(handles, labels, loc=place, ncols=ncols)
 
 
 @in_style
@@ -245,12 +245,13 @@ def draw_boundaries_over_time(outcome: Outcome, boundaries: Mapping[int, Boundar
     """
     with tempfile.TemporaryDirectory() as folder:
         writer, path = PillowWriter(fps=6), Path(folder) / "boundaries.gif"
-        writer.setup(Figure(), path, dpi=100)
-        for epoch, boundary in boundaries.items():
-            writer.fig = _draw_boundary(outcome, boundary, epoch)
-            writer.fig.draw_without_rendering()  # as in `png_files`
-            writer.grab_frame()
-        writer.finish()
+        with writer.saving(Figure(), path, dpi=100):
+            for epoch, boundary in boundaries.items():
+                writer.fig = _draw_boundary(outcome, boundary, epoch)
+                writer.fig.draw_without_rendering()  # as in `png_files`
+                writer.grab_frame()
+            for _ in range(2 * writer.fps):  # the last one stays for two seconds
+                writer.grab_frame()
         return path.read_bytes()
 
 
@@ -332,8 +333,7 @@ def main(flags: PlotSettings) -> None:
     with settings.ending_on(settings.SettingError, TrackingError, status=2):
         settings.check_output_dir(flags.output_dir)
         outcome, boundary = load_demo(flags.run_id)
-    pictures = png_files(draw_demo(outcome, boundary))
-    print(*write_files(pictures, flags.output_dir), sep="\n")
+    print(*write_files(png_files(draw_demo(outcome, boundary)), flags.output_dir), sep="\n")
 
 
 if __name__ == "__main__":

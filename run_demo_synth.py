@@ -138,7 +138,7 @@ def train_trials(
             histories.append(history)
             first = first or (data, networks)
             with going_on(failures, TrackingError):
-                log.trial(seed, (began, time.time()), history, demo.data)
+                log.trial(seed, (began, time.time()), history)
     return pd.concat(histories, ignore_index=True), *first
 
 

@@ -43,12 +43,11 @@ import pandas as pd
 import sqlalchemy
 import torch
 from filelock import FileLock
-from mlflow.entities import DatasetInput, InputTag, Metric, Param
+from mlflow.entities import Metric, Param
 from mlflow.tracking.context.registry import resolve_tags
 
-from datasets import Data, make_dataset
 from results import Outcome, conclude, csv_bytes, read_csv, write_files
-from settings import SPLITS, flat, going_on
+from settings import SPLITS, going_on
 from train import Boundary, provenance
 
 logging.getLogger("urllib3").setLevel(logging.ERROR)  # which tells of every retry
@@ -223,11 +222,10 @@ class ParentRun:
         self._client.set_terminated(run_id, "FINISHED", ended)
         self._unfinished.remove(run_id)
 
-    def _add_child(self, name, parameters, data, seed, curves, times, tags):
+    def _add_child(self, name, parameters, curves, times, tags):
         """Write a child, whose curves are by step, and let the experiment lead to it."""
-        parameters = {**self._parameters, **parameters, "seed": seed}
+        parameters = {**self._parameters, **parameters}
         run_id = self._create(name, {PARENT: self._id, **tags}, parameters, times[0])
-        self._client.log_inputs(run_id, describe_datasets(data, seed))
         self._finish(run_id, curves, times[1])
         lead = f"Training with and without flooding, [**the last runs**]({self._page})."
         self._client.set_experiment_tag(self._experiment_id, NOTE, f"{lead}\n\n{self.about}")
@@ -267,9 +265,7 @@ class DemoLog(ParentRun):
         view = f"orderByKey=params.`{'seed' if several else 'flood_level'}`&compareRunsMode=CHART"
         super().__init__(name, parameters, provenance(device), view)
 
-    def trial(
-        self, seed: int, times: tuple[float, float], history: pd.DataFrame, data: Data
-    ) -> None:
+    def trial(self, seed: int, times: tuple[float, float], history: pd.DataFrame) -> None:
         """Log a trial that is over, from one time to another in s since 1970."""
         failures = []  # each costs only its level
         for rank, (level, rows) in enumerate(history.groupby("flood_level")):
@@ -281,9 +277,9 @@ class DemoLog(ParentRun):
             curves |= {shown: {0: best[metric]} for metric, shown in BEST_NAMES.items()}
             color = {"mlflow.runColor": COLORS[min(rank, len(COLORS) - 1)]}
             began = times[0] - rank / 1000  # the page has the latest first
-            own = {"flood_level": level}
+            own = {"flood_level": level, "seed": seed}
             with going_on(failures, TrackingError), self._asking():
-                self._add_child(name, own, data, seed, curves, (began, times[1]), color)
+                self._add_child(name, own, curves, (began, times[1]), color)
         if failures:
             raise failures[0]
 
@@ -318,29 +314,17 @@ class TableLog(ParentRun):
         self.commit = self._tags.get("mlflow.source.git.commit", "")
 
     def trial(
-        self, name: str, parameters: Mapping[str, object], data: Data, seed: int,
-        metrics: Mapping[str, float], times: tuple[float, float],
+        self, name: str, parameters: Mapping[str, object], times: tuple[float, float],
+        metrics: Mapping[str, float],
     ) -> None:  # fmt: skip
         """Log a trial that is over, from one time to another in s since 1970."""
         with self._asking():
             curves = {name: {0: value} for name, value in metrics.items()}
-            self._add_child(name, {**flat(data), **parameters}, data, seed, curves, times, {})
+            self._add_child(name, parameters, curves, times, {})
 
     def finish(self, summary: str, files: Mapping[str, bytes]) -> None:
         """Keep the finished table."""
         self._conclude(summary, {}, files)
-
-
-def describe_datasets(data: Data, seed: int) -> list[DatasetInput]:
-    """Return what MLflow shows of a data set: of each split its name, shape and digest."""
-    dataset, inputs = make_dataset(data, seed), []
-    for split, context in zip(SPLITS, ("train", "validation", "test")):
-        examples = getattr(dataset, split)
-        labels = {"noisy": examples.noisy_labels, "clean": examples.clean_labels}
-        described = mlflow.data.from_numpy(examples.inputs, targets=labels, name=str(data))
-        tags = [InputTag("mlflow.data.context", context)]
-        inputs.append(DatasetInput(described._to_mlflow_entity(), tags))
-    return inputs
 
 
 def result_files(outcome: Outcome) -> dict[str, bytes]:
