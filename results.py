@@ -179,10 +179,8 @@ def markdown(table: pd.DataFrame) -> str:
         text += f" Best of {starts} starts: trainings without flooding from weights of their own, "
         text += "chosen by the same rule. Fair gain: of flooding over that."
     if known.gain_p:
-        text += (
-            f" p: of a t-test, adjusted (Benjamini-Hochberg) over {known.gain_p} gains and over "
-        )
-        text += f"{known.fair_gain_p} fair gains; bold: below {SIGNIFICANCE:g}."
+        text += f" p: of a t-test, adjusted (Benjamini-Hochberg) over {known.gain_p} gains and "
+        text += f"over {known.fair_gain_p} fair gains; bold: below {SIGNIFICANCE:g}."
     for labels in ("noisy", "clean"):
         for letter, scored_epoch in zip("AB", SCORED_EPOCHS):
             shown = table[(table.labels == labels) & (table.scored_epoch == scored_epoch)]
@@ -218,7 +216,8 @@ def mean_and_deviation(row: pd.Series, name: str, scale: float = 100, digits: in
 
 def gain_and_interval(row: pd.Series, name: str) -> str:
     """Return a gain of `compare` in points, with interval and adjusted p as far as it has them."""
-    mean, low, high = (100 * row[f"{name}_{figure}"] for figure in ("mean", "low", "high"))
+    figures = (100 * row[f"{name}_{figure}"] for figure in ("mean", "low", "high"))
+    mean, low, high = (round(figure, 1) + 0.0 for figure in figures)  # no minus before zero
     p = row[f"{name}_p_adjusted"]
     text = "-" if math.isnan(mean) else f"{mean:+.1f}"
     text += "" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"

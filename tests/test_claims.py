@@ -1,5 +1,6 @@
 """The statistics of RESULTS.md, computed a second time; file and README are as they are printed."""
 
+import json
 import math
 import re
 import sys
@@ -10,7 +11,7 @@ import pytest
 import scipy.stats
 from conftest import PROJECT
 
-from results import COLUMNS, compare
+from results import COLUMNS, compare, conclude, read_csv
 
 sys.path.insert(0, str(PROJECT / "figures"))
 import claims
@@ -160,8 +161,10 @@ def test_results_and_readme_are_what_the_command_prints():
     assert (PROJECT / "RESULTS.md").read_text() == written
     readme = (PROJECT / "README.md").read_text()
     marked = re.findall("<!-- claims -->(.*?)<!-- end of claims -->", readme, re.S)
-    assert len(marked) == readme.count("<!-- claims -->")
+    assert marked and len(marked) == readme.count("<!-- claims -->")
     left = " ".join(" ".join(marked).split())
     for text in sorted(written.split("\n\n"), key=len, reverse=True):
         left = left.replace(" ".join(text.split()), "")
     assert set(left) <= set("-* "), left
+    parameters = json.loads((FIGURES / "demo.json").read_text())
+    assert conclude(read_csv(FIGURES / "history.csv"), parameters).summary in readme
