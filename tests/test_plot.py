@@ -221,7 +221,7 @@ def test_boundaries_over_time(monkeypatch):
     monkeypatch.setattr(plot.PillowWriter, "grab_frame", note)
     outcome, boundaries = made_outcome(trials=2), {2: made_boundary(0.0), 9: made_boundary()}
     image = Image.open(io.BytesIO(plot.draw_boundaries_over_time(outcome, boundaries)))
-    assert (image.format, image.n_frames, image.size[0], image.info["loop"]) == ("GIF", 14, 800, 0)
+    assert (image.format, len(seen), image.size[0], image.info["loop"]) == ("GIF", 14, 800, 0)
     for (epoch, counts), (words, shades) in zip(((2, (0, 0)), (9, (10, 3))), seen):
         assert f"Epoch {epoch}: what the network has learned" in words
         now = outcome.history.query("seed == 4 and epoch == @epoch").set_index("flood_level")
