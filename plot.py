@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +19,11 @@ os.environ["MPLBACKEND"] = "agg"
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.animation import PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from PIL import Image
 
 import settings
 from datasets import DATASETS
@@ -43,7 +42,7 @@ SMALL = {"fontsize": 8.5, "fontweight": "normal", "color": GRAY}
 STYLE = {
     "figure.constrained_layout.use": True, "figure.constrained_layout.h_pad": 0.07,
     "figure.titlesize": 14, "figure.titleweight": "bold", "axes.titleweight": "bold",
-    "font.size": 9, "lines.linewidth": 1.8, "legend.frameon": False, "savefig.dpi": 150,
+    "font.size": 9, "lines.linewidth": 1.8, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#dddddd", "grid.linewidth": 0.6,
 }  # fmt: skip
@@ -66,12 +65,12 @@ def draw_demo(outcome: Outcome, boundary: Boundary | None) -> dict[str, Figure]:
 
 
 @in_style
-def png_files(figures: Mapping[str, Figure]) -> dict[str, bytes]:
+def png_files(figures: Mapping[str, Figure], dpi: int = 150) -> dict[str, bytes]:
     """Return what is to be written of pictures, by their file names."""
     files = {}
     for name, figure in figures.items():
         figure.draw_without_rendering()  # titles within titles are laid out in two passes
-        figure.savefig(content := io.BytesIO(), format="png")
+        figure.savefig(content := io.BytesIO(), format="png", dpi=dpi)
         files[name] = content.getvalue()
     return files
 
@@ -237,22 +236,24 @@ def _explain_marks(page: SubFigure, place: str = "outside lower center", ncols: 
     page.legend(handles, labels, loc=place, ncols=ncols)
 
 
-@in_style
-def draw_boundaries_over_time(outcome: Outcome, boundaries: Mapping[int, Boundary]) -> bytes:
+def draw_boundaries_over_time(
+    outcome: Outcome, boundaries: Iterable[tuple[int, Boundary]]
+) -> bytes:
     """Return a GIF of how the first trial's networks learn, a frame an epoch.
 
-    `boundaries` are as in `draw_demo`, by epochs > 0 that `outcome.history` has, in rising order.
+    `boundaries` are as in `draw_demo`, after epochs > 0 that `outcome.history` has.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        writer, path = PillowWriter(fps=6), Path(folder) / "boundaries.gif"
-        with writer.saving(Figure(), path, dpi=100):
-            for epoch, boundary in boundaries.items():
-                writer.fig = _draw_boundary(outcome, boundary, epoch)
-                writer.fig.draw_without_rendering()  # as in `png_files`
-                writer.grab_frame()
-            for _ in range(2 * writer.fps):  # the last one stays for two seconds
-                writer.grab_frame()
-        return path.read_bytes()
+    frames = []
+    for epoch, boundary in boundaries:
+        figure = in_style(_draw_boundary)(outcome, boundary, epoch)
+        [png] = png_files({"frame": figure}, dpi=100).values()
+        frames.append(Image.open(io.BytesIO(png)).convert("RGB").quantize(64, dither=0))
+    milliseconds = [160] * (len(frames) - 1) + [2000]
+    frames[0].save(
+        content := io.BytesIO(), "GIF", save_all=True, append_images=frames[1:],
+        duration=milliseconds, loop=0,
+    )  # fmt: skip
+    return content.getvalue()
 
 
 @in_style

@@ -7,7 +7,9 @@ flipped, an MLP without flooding and with three flood levels. It saves `synth_lo
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +18,7 @@ import settings
 from datasets import DATASETS, Data
 from settings import Count, Model, Switch, Training, ending_on, flag, going_on, tell
 
-FRAMES = 40  # of the moving picture, about
+FRAMES = 50  # of the moving picture, at most
 FLOOD_LEVELS = {"sgd": (0.26, 0.27, 0.28), "adam": (0.24, 0.25, 0.26)}
 
 
@@ -77,11 +79,11 @@ import torch
 from tqdm import tqdm
 
 import plot
-from datasets import Dataset, make_dataset
+from datasets import Dataset, Split, make_dataset
 from models import MLP
-from results import conclude, write_files
+from results import Outcome, conclude, write_files
 from tracking import DemoLog, TrackingError, result_files
-from train import DivergenceError, count_epochs, find_boundary, prepare_process, train
+from train import Boundary, DivergenceError, count_epochs, find_boundary, prepare_process, train
 
 
 def main(demo: Demo) -> None:
@@ -100,23 +102,18 @@ def main(demo: Demo) -> None:
         tell(failures, f"\n{outcome.summary}\n")
         with going_on(failures, OSError):
             tell(failures, "Result:", *write_files(result_files(outcome), demo.output_dir))
-        boundaries = {}  # of the two levels that are compared, by epoch
+        shown = dict.fromkeys([0.0, outcome.compared])
+        compared = {epoch: [by[level] for level in shown] for epoch, by in networks.items()}
+        boundary = None
         if data.train.inputs.shape[1] == 2:
-            shown = dict.fromkeys([0.0, outcome.compared])
-            for epoch, by_level in networks.items():
-                compared = [by_level[level] for level in shown]
-                boundaries[epoch] = find_boundary(compared, data.train)
-        boundary = boundaries.get(demo.training.epochs)
+            boundary = find_boundary(compared[demo.training.epochs], data.train)
         with going_on(failures, TrackingError):
             log.finish(outcome, boundary)
         with going_on(failures, Exception):  # whatever drawing may raise
-            pictures = plot.png_files(plot.draw_demo(outcome, boundary))
-            if demo.animate:
-                moving = plot.draw_boundaries_over_time(outcome, boundaries)
-                pictures["synth_boundary.gif"] = moving
-            with going_on(failures, TrackingError):
-                log.pictures(pictures)
-            tell(failures, "Pictures:", *write_files(pictures, demo.output_dir))
+            for pictures in draw(demo, outcome, boundary, compared, data.train):
+                with going_on(failures, TrackingError):
+                    log.pictures(pictures)
+                tell(failures, "Pictures:", *write_files(pictures, demo.output_dir))
     tell(failures, log.how_to_look())
     settings.end_with(failures)
 
@@ -148,13 +145,13 @@ def train_trial(
     """Train one network for each flood level, all from the same weights, drawn from the seed.
 
     Returns their history, see `results.Outcome`, and the networks by epoch and level: of the last
-    epoch, and of those that a moving picture shows.
+    epoch, and in the first trial of those that a moving picture shows.
     """
     generator = torch.Generator().manual_seed(seed)
     network = MLP(data.train.inputs.shape[1], demo.model, [generator])
     last, every = demo.training.epochs, demo.eval_every
-    step = every * max(1, last // (FRAMES * every))
-    frames = range(step, last, step) if demo.animate else ()
+    step = every * math.ceil(last / (FRAMES * every))
+    frames = range(step, last, step) if demo.animate and seed == demo.seed else ()
     history, networks = [], {epoch: {} for epoch in (*frames, last)}
     for epochs in train(
         network, data, demo.flood_levels, demo.training, device, generator,
@@ -166,6 +163,21 @@ def train_trial(
                 for copy, level in enumerate(now.metrics.flood_level):
                     networks[now.epoch][level] = now.network.select([copy])
     return pd.concat(history, ignore_index=True), networks
+
+
+def draw(
+    demo: Demo, outcome: Outcome, boundary: Boundary | None,
+    compared: Mapping[int, Sequence[MLP]], split: Split,
+) -> Iterator[dict[str, bytes]]:  # fmt: skip
+    """Draw the pictures, of networks by epoch; the moving one, which takes a minute, last."""
+    yield plot.png_files(plot.draw_demo(outcome, boundary))
+    if demo.animate:
+        with settings.progress_bar(len(compared), "frame") as bar:
+            boundaries = (
+                (epoch, bar.update() or find_boundary(networks, split))
+                for epoch, networks in compared.items()
+            )
+            yield {"synth_boundary.gif": plot.draw_boundaries_over_time(outcome, boundaries)}
 
 
 if __name__ == "__main__":

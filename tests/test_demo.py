@@ -162,10 +162,13 @@ def test_trials_are_the_demos_of_their_seeds(folder, monkeypatch):
     monkeypatch.setattr(run_demo_synth, "train", spied)
     monkeypatch.setattr(plot, "draw_demo", lambda *of: drawn.append(of) or draw_demo(*of))
     flags = ("--select-on", "noisy", "--flood-levels", 0.3, 0.7, "--eval-every", 2)
-    moving, draw_moving = [], plot.draw_boundaries_over_time
-    monkeypatch.setattr(
-        plot, "draw_boundaries_over_time", lambda *of: moving.append(of[1]) or draw_moving(*of)
-    )
+    moving, draw_moving = {}, plot.draw_boundaries_over_time
+
+    def spied_moving(outcome, boundaries):
+        moving.update(boundaries)
+        return draw_moving(outcome, moving.items())
+
+    monkeypatch.setattr(plot, "draw_boundaries_over_time", spied_moving)
     result = folder.run(SCRIPT, *FLAGS, *flags, "--seed", 3, "--trials", 2, "--animate")
     assert result.status == 0 and result.errors == "", result.errors
     saved = files(folder.path, "*.png")
@@ -179,8 +182,8 @@ def test_trials_are_the_demos_of_their_seeds(folder, monkeypatch):
     pd.testing.assert_frame_equal(ours, alone.history, check_exact=True)
     assert sorted(set(ours.epoch)) == [0, 2, 3] and sorted(set(ours.flood_level)) == [0, 0.3, 0.7]
     assert torch.equal(torch.tensor(boundary.inputs), trials[0][0])  # the first trial's
-    [moving] = moving
-    assert list(moving) == [2, 3] and vars(moving[3]).items() == vars(boundary).items()
+    assert list(moving) == [2, 3]
+    assert (moving[3].probability == boundary.probability).all()
     history = outcome.history.set_index(["seed", "epoch", "flood_level"]).train_accuracy_noisy
     for epoch, then in moving.items():
         accuracies = (then.predictions == then.noisy_labels).mean(axis=1)

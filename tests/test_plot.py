@@ -210,19 +210,23 @@ def test_boundaries():
 
 def test_boundaries_over_time(monkeypatch):
     """A frame an epoch, with the first trial's losses then; the last one for two seconds more."""
-    seen, grab_frame = [], plot.PillowWriter.grab_frame
+    seen, png_files = [], plot.png_files
 
-    def note(writer, **options):
-        shades = [axes.collections[0].get_array() for axes in writer.fig.axes]
-        seen.append((said(writer.fig), shades))
-        grab_frame(writer, **options)
-        assert_nothing_overlaps(writer.fig, drawn=True)
+    def note(figures, **options):
+        [figure] = figures.values()
+        shades = [axes.collections[0].get_array() for axes in figure.axes]
+        seen.append((said(figure), shades))
+        content = png_files(figures, **options)
+        assert_nothing_overlaps(figure, drawn=True)
+        return content
 
-    monkeypatch.setattr(plot.PillowWriter, "grab_frame", note)
-    outcome, boundaries = made_outcome(trials=2), {2: made_boundary(0.0), 9: made_boundary()}
+    monkeypatch.setattr(plot, "png_files", note)
+    outcome, boundaries = made_outcome(trials=2), ((2, made_boundary(0.0)), (9, made_boundary()))
     image = Image.open(io.BytesIO(plot.draw_boundaries_over_time(outcome, boundaries)))
-    assert (image.format, len(seen), image.size[0], image.info["loop"]) == ("GIF", 14, 800, 0)
-    for (epoch, counts), (words, shades) in zip(((2, (0, 0)), (9, (10, 3))), seen):
+    assert (image.format, image.n_frames, image.size[0], image.info["loop"]) == ("GIF", 2, 800, 0)
+    image.seek(1)
+    assert image.info["duration"] == 2000
+    for (epoch, counts), (words, shades) in zip(((2, (0, 0)), (9, (10, 3))), seen, strict=True):
         assert f"Epoch {epoch}: what the network has learned" in words
         now = outcome.history.query("seed == 4 and epoch == @epoch").set_index("flood_level")
         for (side, (level, _)), count, shade in zip(SIDES.items(), counts, shades):
@@ -301,7 +305,7 @@ def pictures() -> dict[str, bytes]:
     trials = trials[(trials.spiral_noise == 0) & (trials.label_noise == 0.1)]
     figures = plot.draw_demo(outcome, None)
     figures["synth_acc.png"] = plot.draw_table(trials, compare(trials))
-    moving = plot.draw_boundaries_over_time(outcome, {2: boundary})
+    moving = plot.draw_boundaries_over_time(outcome, [(2, boundary)])
     return {**plot.png_files(figures), "moving.gif": moving}
 
 
