@@ -77,7 +77,7 @@ def _summarize(last: pd.DataFrame, labels: str) -> str:
     chosen = choose_models(last, labels, ["seed"]).flood_level.value_counts()
     spread = f", mean ± standard deviation of {trials} trials" if trials > 1 else ""
     columns = {
-        "train, noisy": "train_accuracy_noisy", "val, clean": "val_accuracy_clean",
+        "train, noisy": "train_accuracy_noisy", f"val, {labels}": f"val_accuracy_{labels}",
         "test, clean": "test_accuracy_clean", "test loss, clean": "test_loss_clean",
     }  # fmt: skip
     lines = [
@@ -97,21 +97,20 @@ def _summarize(last: pd.DataFrame, labels: str) -> str:
     return "\n".join(lines)
 
 
-def compare(
-    trials: pd.DataFrame, starts: pd.DataFrame | None = None, ties: str = "highest"
-) -> pd.DataFrame:
+def compare(trials: pd.DataFrame, starts: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return the paper's table: a row a setting, scored epoch and kind of test labels.
 
     `trials` are the table's raw figures, `starts` those of the fair search, see `read_trials`. Each
-    trial chooses its flood level, and its start, by noisy validation accuracy. Accuracies are
-    fractions; `best_possible` is the Bayes classifier's. `gain` is that of flooding over no
-    flooding, `fair_gain` that over the best start without flooding, see `paired_gain`; `p_adjusted`
-    is after Benjamini and Hochberg over the rows with the same labels. NaN is what is not known.
+    trial chooses its flood level, and its start, by noisy validation accuracy; of equals the
+    highest level, and the start of lower validation loss. Accuracies are fractions; `best_possible`
+    is the Bayes classifier's. `gain` is that of flooding over no flooding, `fair_gain` that over
+    the best start without flooding, see `paired_gain`; `p_adjusted` is after Benjamini and Hochberg
+    over the rows with the same labels. NaN is what is not known.
     """
     key = [*TRIAL, "scored_epoch"]
     without = trials[trials.flood_level == 0].set_index(key)
     starts = trials.iloc[:0] if starts is None else starts
-    flooded = choose_models(trials, "noisy", key, ties).set_index(key).loc[without.index]
+    flooded = choose_models(trials, "noisy", key).set_index(key).loc[without.index]
     best_start = choose_models(starts, "noisy", key, "lower loss").set_index(key)
     sides = {"without_flooding": without, "with_flooding": flooded}
     sides["best_start"] = best_start.reindex(without.index)
@@ -172,12 +171,12 @@ def markdown(table: pd.DataFrame) -> str:
         f"Test accuracy in %, mean (standard deviation) over {trials} trials, on noisy labels as "
         f"in the paper and on clean ones. A: last epoch. B: early stopping, the epoch of best "
         f"validation accuracy. b: the flood level that each trial chose by noisy validation "
-        f"accuracy. Best possible: the Bayes classifier of the clean labels. Gain: of flooding "
-        f"over no flooding, paired, with its 95% interval."
+        f"accuracy, the highest of equals. Best possible: the Bayes classifier of the clean "
+        f"labels. Gain: of flooding over no flooding, paired, with its 95% interval."
     )
     if starts:
         text += f" Best of {starts} starts: trainings without flooding from weights of their own, "
-        text += "chosen by the same rule. Fair gain: of flooding over that."
+        text += "chosen alike, of equals that of lower validation loss. Fair gain: over that."
     if known.gain_p:
         text += f" p: of a t-test, adjusted (Benjamini-Hochberg) over {known.gain_p} gains and "
         text += f"over {known.fair_gain_p} fair gains; bold: below {SIGNIFICANCE:g}."
@@ -270,8 +269,10 @@ def read_trials(
     for values, rows in trials.groupby(TRIAL):
         if sorted(rows[MODEL].itertuples(index=False, name=None)) != wanted:
             trial = ", ".join(f"{name} {value}" for name, value in zip(TRIAL, values))
-            reason = "is cut short, has other flood levels or starts, or is twice there, different"
-            raise TrialsError(f"{' '.join(map(str, paths))}: {reason}: {trial}")
+            reason = "is cut short, or twice there, different"
+            if {*rows[MODEL[1:]].itertuples(index=False, name=None)} - {*models}:
+                reason = "has other flood levels or starts than asked for: take another output_dir"
+            raise TrialsError(f"{' '.join(map(str, paths))}: {trial}: {reason}")
     return trials
 
 

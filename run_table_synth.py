@@ -152,7 +152,7 @@ TrainedTrial = tuple[Trial, pd.DataFrame, tuple[float, float]]  # its rows; from
 def main(table: Table) -> None:
     settings.exit_on_signals()
     lock = FileLock(table.output_dir / "table_synth.lock", blocking=False)  # until the process ends
-    failures, flood_range = [], {"flood_max": table.flood_max, "flood_step": table.flood_step}
+    failures: list[Exception] = []
     with ending_on(SettingError, TrialsError, TrackingError, status=2):
         settings.check_output_dir(table.output_dir)
         if table.ray:
@@ -162,10 +162,16 @@ def main(table: Table) -> None:
         try:
             lock.acquire()
         except Timeout as error:
-            folder = table.output_dir
-            raise SettingError("output_dir", folder, "another table is made there") from error
+            raise SettingError("output_dir", table.output_dir, "a table is made there") from error
         trained = {search: read_trained(table, search) for search in FILES}
-        log = TableLog({**table.shared(), "search": table.search, **flood_range})
+        parameters = {
+            **flat(table),
+            **table.shared(),
+            "output_dir": str(table.output_dir.absolute()),
+        }
+        for how in ("trials", "seed", "quick", "trials_from", "ray", "device"):
+            del parameters[how]  # it is the same table, however and however far it is trained
+        log = TableLog(parameters)
     with log:
         trained[table.search] = train_missing(table, trained[table.search], log, failures)
         finish(table, trained, log, failures)

@@ -55,10 +55,7 @@ NETWORKS = {
     (5, True): "5 hidden layers with batch norm",
     (5, False): "5 plain hidden layers",
 }
-METHODS = {
-    "example": "the mean of |l − b| + b over each example's loss l (iFlood, ICLR 2022)",
-    "softad": "the mean of sqrt(1 + (l − b)²) − 1 + b over each example's loss l (SoftAD, 2024)",
-}
+METHODS = {"example": "the mean of |l − b| + b over each example's loss l (iFlood, ICLR 2022)"}
 DEMO = {
     "training accuracy, noisy labels": "train_accuracy_noisy",
     "validation accuracy, clean labels": "val_accuracy_clean",
@@ -78,9 +75,7 @@ def network(raw: Raw) -> Section:
     total = terms.sum(axis=1, min_count=1).sort_values()
     state, candidates = recount.choose_network(figures)
     named = [describe(one) for one in candidates]
-    sentence = (
-        f"No network is chosen yet: {len(named)} of nine candidates lack some of three trials."
-    )
+    sentence = f"No network is chosen yet: {len(named)} of 9 candidates lack some of three trials."
     if state == "last":
         named = " and of ".join(named)
         sentence = f"No network is chosen yet: not all ten trials are there of {named}."
@@ -286,6 +281,7 @@ def write(made: dict[str, Section]) -> str:
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FIGURES
     with ending_on(TrialsError, OSError, status=2):
+        next(folder.iterdir(), None)  # or it would be made
         made = make_sections(recount.read_raw(folder))
         target = folder if len(sys.argv) > 1 else FIGURES.parent
         paths = write_files({"RESULTS.md": write(made).encode()}, target)

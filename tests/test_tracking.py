@@ -94,7 +94,7 @@ def test_ctrl_c_while_a_store_is_silent_ends_at_once(empty_folder):
         ("http://127.0.0.1:9?password=secret", "$MLFLOW_TRACKING_URI: "),
         ("http://[secret@host", "$MLFLOW_TRACKING_URI: "),
         ("postgresql+psycopg://me:se%63ret@host/runs", "$MLFLOW_TRACKING_URI: No module named"),
-        ("postgresql+nothing://me:secret@word/runs", "$MLFLOW_TRACKING_URI: Can't load plugin"),
+        ("postgresql+nothing://me:secret@word/runs", "$MLFLOW_TRACKING_URI: NoSuchModule"),
         ("nothing://me:secret@host", "$MLFLOW_TRACKING_URI: "),
         ("sqlite:////dev/null/mlflow.db", "sqlite:////dev/null/mlflow.db: "),
         ("./mlruns", "./mlruns: "),  # file stores are history
