@@ -1,11 +1,9 @@
 """Reproduce the paper's synthetic table, without and with early stopping.
 
-Two Gaussians, sinusoid and spiral at three strengths of label noise, flood levels 0 to 0.50,
-ten trials: 4 590 trainings. A trial is trained once, with all its flood levels:
-`table_synth_trials.csv` has every finished one, so a stopped table goes on where it was. With
-`--search starts` as many networks are trained without flooding, from weights of their own, and
-`table_synth_starts.csv` has them: what the choice among trainings gains alone. With `--ray` trials
-are trained side by side, on one machine or several.
+Two Gaussians, sinusoid and spiral at three strengths of label noise, flood levels 0 to 0.50, ten
+trials: 4 590 trainings. `table_synth_trials.csv` has every finished trial, so a stopped table goes
+on where it was. With `--search starts` as many networks are trained without flooding, from weights
+of their own, and `table_synth_starts.csv` has them: what the choice among trainings gains alone.
 """
 
 from __future__ import annotations
@@ -162,16 +160,13 @@ def main(table: Table) -> None:
         try:
             lock.acquire()
         except Timeout as error:
-            raise SettingError("output_dir", table.output_dir, "a table is made there") from error
+            allowed = "another table is made there"
+            raise SettingError("output_dir", table.output_dir, allowed) from error
         trained = {search: read_trained(table, search) for search in FILES}
-        parameters = {
-            **flat(table),
-            **table.shared(),
-            "output_dir": str(table.output_dir.absolute()),
-        }
+        parameters = {**flat(table), **table.shared()}
         for how in ("trials", "seed", "quick", "trials_from", "ray", "device"):
             del parameters[how]  # it is the same table, however and however far it is trained
-        log = TableLog(parameters)
+        log = TableLog({**parameters, "output_dir": str(table.output_dir.absolute())})
     with log:
         trained[table.search] = train_missing(table, trained[table.search], log, failures)
         finish(table, trained, log, failures)
@@ -193,9 +188,8 @@ def train_missing(
     wanted = table.list_trials()
     known = set(trained[TRIAL].itertuples(index=False, name=None))
     missing = [trial for trial in wanted if trial.key() not in known]
-    models = f"{len(table.list_models(table.search))} {table.search}"
-    before = f"{len(wanted) - len(missing)} trained before"
-    tell(failures, f"{len(wanted)} trials of {models}, {before}")
+    models, before = len(table.list_models(table.search)), len(wanted) - len(missing)
+    tell(failures, f"{len(wanted)} trials of {models} {table.search}, {before} trained before")
     with (
         ending_on(SettingError, status=2),
         ending_on(DivergenceError, OSError),
