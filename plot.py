@@ -1,6 +1,6 @@
 """Draw what flooding does: a demo's curves and boundaries, the paper's table.
 
-`python plot.py --run-id ID` draws the pictures of a demo again from what MLflow has.
+`python plot.py --run-id ID` draws a demo's pictures again, but the moving one, from MLflow.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _draw_curves(outcome: Outcome, score: str) -> Figure:
     late, highest = every[every.index >= mean.index[-1] / 20], every.high.max()
     if score == "loss":
         height, text = compared, f"flood level b = {compared:g}"
-        top = min(highest, 2.5 * late.high.quantile(0.95))
+        top = max(min(highest, 2.5 * late.high.quantile(0.95)), compared)
         axes.set(ylim=(0, 1.05 * top), ylabel="cross-entropy loss (nats)")
         leap = f"▲ up to {highest:.2f}" if highest > top else ""
         axes.annotate(leap, (0.01, 0.985), xycoords="axes fraction", va="top")
@@ -158,7 +158,8 @@ def _explain_modes(outcome: Outcome) -> str:
     epochs = outcome.history[outcome.history.flood_level == outcome.compared].groupby("epoch")
     loss = epochs.train_loss_noisy.mean()[epochs.train_flooded_fraction_so_far.min() > 0]
     used = outcome.parameters
-    if len(loss) == 0 or not used["batch_norm"] or used["flood_on"] == "example":
+    other = used["flood_on"] == "example" or not used["batch_norm"]
+    if other or len(loss) == 0 or loss.iloc[0] <= outcome.compared:
         return ""
     return (
         f"In epoch {loss.index[0]}, when flooding has begun in all trials, the dashed blue curve "
@@ -236,9 +237,7 @@ def _explain_marks(page: SubFigure, place: str = "outside lower center", ncols: 
     page.legend(handles, labels, loc=place, ncols=ncols)
 
 
-def draw_boundaries_over_time(
-    outcome: Outcome, boundaries: Iterable[tuple[int, Boundary]]
-) -> bytes:
+def draw_moving_boundary(outcome: Outcome, boundaries: Iterable[tuple[int, Boundary]]) -> bytes:
     """Return a GIF of how the first trial's networks learn, a frame an epoch.
 
     `boundaries` are as in `draw_demo`, after epochs > 0 that `outcome.history` has.
@@ -249,10 +248,8 @@ def draw_boundaries_over_time(
         [png] = png_files({"frame": figure}, dpi=100).values()
         frames.append(Image.open(io.BytesIO(png)).convert("RGB").quantize(64, dither=0))
     milliseconds = [160] * (len(frames) - 1) + [2000]
-    frames[0].save(
-        content := io.BytesIO(), "GIF", save_all=True, append_images=frames[1:],
-        duration=milliseconds, loop=0,
-    )  # fmt: skip
+    options = {"append_images": frames[1:], "duration": milliseconds, "loop": 0}
+    frames[0].save(content := io.BytesIO(), "GIF", save_all=True, **options)
     return content.getvalue()
 
 
@@ -331,11 +328,13 @@ class PlotSettings:
 def main(flags: PlotSettings) -> None:
     from tracking import TrackingError, load_demo
 
-    with settings.ending_on(settings.SettingError, TrackingError, status=2):
+    with settings.ending_on(settings.SettingError, TrackingError, OSError, status=2):
         settings.check_output_dir(flags.output_dir)
-        outcome, boundary = load_demo(flags.run_id)
-    print(*write_files(png_files(draw_demo(outcome, boundary)), flags.output_dir), sep="\n")
+        pictures = png_files(draw_demo(*load_demo(flags.run_id)))
+        print("Pictures:", *write_files(pictures, flags.output_dir), flush=True)
 
 
 if __name__ == "__main__":
+    settings.mend_streams()
+    settings.exit_on_signals()
     main(settings.parse_flags(PlotSettings, __doc__))

@@ -177,7 +177,7 @@ def draw(
                 (epoch, bar.update() or find_boundary(networks, split))
                 for epoch, networks in compared.items()
             )
-            yield {"synth_boundary.gif": plot.draw_boundaries_over_time(outcome, boundaries)}
+            yield {"synth_boundary.gif": plot.draw_moving_boundary(outcome, boundaries)}
 
 
 if __name__ == "__main__":

@@ -162,13 +162,13 @@ def test_trials_are_the_demos_of_their_seeds(folder, monkeypatch):
     monkeypatch.setattr(run_demo_synth, "train", spied)
     monkeypatch.setattr(plot, "draw_demo", lambda *of: drawn.append(of) or draw_demo(*of))
     flags = ("--select-on", "noisy", "--flood-levels", 0.3, 0.7, "--eval-every", 2)
-    moving, draw_moving = {}, plot.draw_boundaries_over_time
+    moving, draw_moving = {}, plot.draw_moving_boundary
 
     def spied_moving(outcome, boundaries):
         moving.update(boundaries)
         return draw_moving(outcome, moving.items())
 
-    monkeypatch.setattr(plot, "draw_boundaries_over_time", spied_moving)
+    monkeypatch.setattr(plot, "draw_moving_boundary", spied_moving)
     result = folder.run(SCRIPT, *FLAGS, *flags, "--seed", 3, "--trials", 2, "--animate")
     assert result.status == 0 and result.errors == "", result.errors
     saved = files(folder.path, "*.png")

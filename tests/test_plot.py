@@ -222,7 +222,7 @@ def test_boundaries_over_time(monkeypatch):
 
     monkeypatch.setattr(plot, "png_files", note)
     outcome, boundaries = made_outcome(trials=2), ((2, made_boundary(0.0)), (9, made_boundary()))
-    image = Image.open(io.BytesIO(plot.draw_boundaries_over_time(outcome, boundaries)))
+    image = Image.open(io.BytesIO(plot.draw_moving_boundary(outcome, boundaries)))
     assert (image.format, image.n_frames, image.size[0], image.info["loop"]) == ("GIF", 2, 800, 0)
     image.seek(1)
     assert image.info["duration"] == 2000
@@ -305,7 +305,7 @@ def pictures() -> dict[str, bytes]:
     trials = trials[(trials.spiral_noise == 0) & (trials.label_noise == 0.1)]
     figures = plot.draw_demo(outcome, None)
     figures["synth_acc.png"] = plot.draw_table(trials, compare(trials))
-    moving = plot.draw_boundaries_over_time(outcome, [(2, boundary)])
+    moving = plot.draw_moving_boundary(outcome, [(2, boundary)])
     return {**plot.png_files(figures), "moving.gif": moving}
 
 
