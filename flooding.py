@@ -21,6 +21,7 @@ comes in parts: accumulation, DDP. `examples/` has the loops. What goes wrong si
 - b has the unit of J, nats for cross-entropy only. J summed, divided or scaled before `flood` meets
   a b of another size: scale the flooded loss. Weight decay in the optimizer is outside J.
 - Flooding each part of a batch is another method, with parts of one example iFlood (ICLR 2022).
+  Batch norm sees the parts, whichever way they are flooded.
 - FGM, PGD and the like, between backward and step, walk downhill while J is below b: flood with
   `flood_gradients` after them, J then being the mean of plain and adversarial loss.
 - `model.eval()` does not reach a `Flooding` outside the model; `torch.no_grad()` does.
