@@ -237,7 +237,7 @@ def train_trials(table: Table, trials: Sequence[Trial], bar: tqdm) -> Iterator[T
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(table.device != "cpu" and any("GPU" in node for node in nodes))
     cores = min([CORES_A_TRIAL, *(node["CPU"] for node in nodes if "CPU" in node)])
-    remote = ray.remote(train_trial).options(num_cpus=cores, num_gpus=gpus, max_retries=-1)
+    remote = ray.remote(train_trial).options(num_cpus=cores, num_gpus=gpus)
     waiting = [remote.remote(table, trial) for trial in trials]
     while waiting:
         [done], waiting = ray.wait(waiting)

@@ -6,12 +6,11 @@ import importlib.util
 import os
 import signal
 import socket
-import threading
 from pathlib import Path
 
 import pytest
 from conftest import finish, one_line, wait_until
-from test_table import SCRIPT, SMALL, TRIALS, TRIALS_FILE, trained
+from test_table import SCRIPT, SMALL, TRIALS_FILE, trained
 
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
@@ -26,9 +25,8 @@ def leave():
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two nodes of one core each, the first of them the head."""
+    """One node of one core."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    cluster.add_node(num_cpus=1)
     yield cluster
     ray.shutdown()
     cluster.shutdown()
@@ -42,8 +40,8 @@ def test_side_by_side_equals_one_after_the_other(folder):
     for name in (TRIALS_FILE, "table_synth.md", "table_synth.png"):
         one, side_by_side = (folder.path / where / name for where in ("one", "ray"))
         assert one.read_bytes() == side_by_side.read_bytes()
-    [parent] = folder.parents("flooding-table")
-    assert len(folder.children(parent)) == 2 * 4
+    parents = folder.parents("flooding-table")  # each folder is a table of its own
+    assert [len(folder.children(parent)) for parent in parents] == [4, 4]
 
 
 def test_a_divergence_in_a_worker_is_one_line(cluster, folder):
@@ -54,25 +52,6 @@ def test_a_divergence_in_a_worker_is_one_line(cluster, folder):
     assert line.startswith("run_table_synth.py: error: ") and "in epoch 1" in line
     assert [run.info.status for run in folder.parents("flooding-table")] == ["FAILED"]
     assert not trained(folder)
-
-
-def test_the_trials_of_a_node_that_is_lost_are_trained_by_the_others(cluster, folder):
-    """Both nodes are in the middle of a trial when the second one is killed."""
-    lost = cluster.add_node(num_cpus=1)
-    left = []
-
-    def kill():
-        wait_until(lambda: trained(folder) >= 1, 200)
-        cluster.remove_node(lost, allow_graceful=False)
-        left.append(TRIALS - trained(folder))
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    result = folder.run(SCRIPT, *SMALL, "--epochs", 300, "--ray", cluster.address)
-    killer.join()
-    assert result.status == 0 and left[0] > 1, result.errors
-    [parent] = folder.parents("flooding-table")
-    assert trained(folder) == TRIALS == len(folder.children(parent))
 
 
 def marked(mark: str) -> list[int]:
