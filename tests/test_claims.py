@@ -168,3 +168,5 @@ def test_results_and_readme_are_what_the_command_prints():
     assert set(left) <= set("-* "), left
     parameters = json.loads((FIGURES / "demo.json").read_text())
     assert conclude(read_csv(FIGURES / "history.csv"), parameters).summary in readme
+    for path in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert (PROJECT / path).exists(), path
