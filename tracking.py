@@ -152,7 +152,10 @@ class ParentRun:
     settings_file: str
     about: str  # Markdown that every run has, and the experiment with a link to the last children
 
-    def __init__(self, name, parameters, tags, view, key="") -> None:
+    def __init__(
+        self, name: str, parameters: Mapping[str, object], tags: Mapping[str, str], view: str,
+        key: str = "",
+    ) -> None:  # fmt: skip
         self._parameters, self._tags = parameters, {**resolve_tags(), NOTE: self.about, **tags}
         self._unfinished, self._seconds_lost = [], 0.0
         with self._asking(), contextlib.ExitStack() as opening:
@@ -164,7 +167,7 @@ class ParentRun:
                 self._unfinished = [runs[0].info.run_id]
                 self._client.update_run(self._unfinished[0], "RUNNING")
             else:
-                self._create(name, {"key": key}, parameters, time.time())
+                self._create(name, {"key": key} if key else {}, parameters, time.time())
             self._id = self._unfinished[0]
             self._add_files({self.settings_file: json.dumps(parameters, indent=1).encode()})
             opening.pop_all()
