@@ -125,32 +125,26 @@ class Folder:
 
 
 class Server:
-    """A real `mlflow server`, to be killed and started again on the same store."""
+    """A real `mlflow server` of the store in a folder, on a free port."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.store_uri = f"sqlite:///{path}/mlflow.db"
-        self.process: subprocess.Popen | None = None
-
-    def start(self) -> None:
-        store = ("--backend-store-uri", self.store_uri, "--artifacts-destination", "files")
-        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), *store]
-        with (self.path / "server.log").open("ab") as log:
+            self.uri = f"http://127.0.0.1:{free.getsockname()[1]}"
+        store = ("--backend-store-uri", f"sqlite:///{path}/mlflow.db", "--workers", "1")
+        command = [sys.executable, "-m", "mlflow", "server", "--port", self.uri.split(":")[2]]
+        with (path / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, "--workers", "1"],
-                cwd=self.path,
+                [*command, *store, "--artifacts-destination", "files"],
+                cwd=path,
                 env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-        wait_until(self._answers)
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
         assert self.process.poll() is None
         try:
             urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
@@ -158,19 +152,9 @@ class Server:
             return False
         return True
 
-    def pause(self) -> None:
-        """Let it take connections, and not answer."""
-        os.killpg(self.process.pid, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        os.killpg(self.process.pid, signal.SIGCONT)
-
-    def kill(self) -> None:
-        """Kill it with its workers; nothing listens afterwards."""
-        if self.process:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
+    def send(self, number: signal.Signals) -> None:
+        """Send it and its workers a signal; one that is stopped takes connections in silence."""
+        os.killpg(self.process.pid, number)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -213,24 +197,3 @@ def folder(empty_folder, empty_store) -> Folder:
     """A folder with a store that is set up."""
     shutil.copy(empty_store, empty_folder.path / "mlflow.db")
     return empty_folder
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory, empty_store) -> Iterator[Server]:
-    """A server, see `served`."""
-    path = tmp_path_factory.mktemp("server")
-    shutil.copy(empty_store, path / "mlflow.db")
-    server = Server(path)
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def served(tmp_path, server) -> Iterator[Folder]:
-    """A folder whose runs go to the server, which a test may leave killed."""
-    if server.process is None:
-        server.start()
-    folder = Folder(tmp_path, server.uri)
-    yield folder
-    folder.stop()

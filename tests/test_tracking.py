@@ -12,7 +12,7 @@ import time
 import mlflow.environment_variables as mlflow_settings
 import pytest
 import torch
-from conftest import PICTURES, SMALL, Folder, one_line
+from conftest import PICTURES, SMALL, Folder, Server, one_line, wait_until
 from mlflow.exceptions import MlflowException
 
 import run_demo_synth
@@ -45,8 +45,21 @@ def test_a_store_that_has_died_costs_half_a_minute_at_most():
     assert retries >= 2 and waits + (retries + 1) * timeout <= 30
 
 
+@pytest.fixture
+def server(tmp_path_factory, empty_store):
+    path = tmp_path_factory.mktemp("server")
+    shutil.copy(empty_store, path / "mlflow.db")
+    server = Server(path)
+    try:
+        wait_until(server.answers)
+        yield server
+    finally:
+        server.send(signal.SIGKILL)
+        server.process.wait()
+
+
 def test_a_server_that_is_silent_and_then_dies_costs_only_its_log(
-    served, server, hasty, monkeypatch
+    empty_folder, server, hasty, monkeypatch
 ):
     """Silent in the first of three trials, killed in the last one; what is between is logged.
 
@@ -55,18 +68,20 @@ def test_a_server_that_is_silent_and_then_dies_costs_only_its_log(
 
     def trained(demo, data, seed, *more):
         trial = train_trial(demo, data, seed, *more)
-        [server.pause, server.resume, server.kill][seed]()
+        server.send((signal.SIGSTOP, signal.SIGCONT, signal.SIGKILL)[seed])
         return trial
 
     train_trial = run_demo_synth.train_trial
     monkeypatch.setattr(run_demo_synth, "train_trial", trained)
-    served.uri = server.uri.replace("//", "//me:se%63ret@")
-    result = served.run(SCRIPT, *FLAGS, "--trials", 3)
+    empty_folder.uri = server.uri.replace("//", "//me:se%63ret@")
+    result = empty_folder.run(SCRIPT, *FLAGS, "--trials", 3)
     line = one_line(result.errors)  # what it met first
     assert result.status == 1 and "timed out" in line
     assert line.startswith(f"{SCRIPT}: error: $MLFLOW_TRACKING_URI: ")
     assert "Charts: $MLFLOW_TRACKING_URI/#/experiments/" in result.output
-    assert "<- chosen" in result.output and {p.name for p in served.path.iterdir()} >= PICTURES
+    assert (
+        "<- chosen" in result.output and {p.name for p in empty_folder.path.iterdir()} >= PICTURES
+    )
     [parent] = (there := Folder(server.path)).parents()
     children = [run for run in there.children(parent) if run.data.params["seed"] == "1"]
     assert statuses(children) == ["FINISHED"] * 2 and statuses([parent]) == ["RUNNING"]
