@@ -172,12 +172,18 @@ def draw(
     """Draw the pictures, of networks by epoch; the moving one, which takes a minute, last."""
     yield plot.png_files(plot.draw_demo(outcome, boundary))
     if demo.animate:
-        with settings.progress_bar(len(compared), "frame") as bar:
-            boundaries = (
-                (epoch, bar.update() or find_boundary(networks, split))
-                for epoch, networks in compared.items()
-            )
-            yield {"synth_boundary.gif": plot.draw_moving_boundary(outcome, boundaries)}
+        boundaries = find_boundaries(compared, split)
+        yield {"synth_boundary.gif": plot.draw_moving_boundary(outcome, boundaries)}
+
+
+def find_boundaries(
+    compared: Mapping[int, Sequence[MLP]], split: Split
+) -> Iterator[tuple[int, Boundary]]:
+    """Find what a moving picture shows, one epoch when it is asked for."""
+    with settings.progress_bar(len(compared), "frame") as bar:
+        for epoch, networks in compared.items():
+            yield epoch, find_boundary(networks, split)
+            bar.update()
 
 
 if __name__ == "__main__":

@@ -169,6 +169,7 @@ def test_trials_are_the_demos_of_their_seeds(folder, monkeypatch):
         return draw_moving(outcome, moving.items())
 
     monkeypatch.setattr(plot, "draw_moving_boundary", spied_moving)
+    monkeypatch.setattr("tqdm.tqdm.update", lambda bar, n=1: True)  # as where a bar is seen
     result = folder.run(SCRIPT, *FLAGS, *flags, "--seed", 3, "--trials", 2, "--animate")
     assert result.status == 0 and result.errors == "", result.errors
     saved = files(folder.path, "*.png")
