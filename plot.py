@@ -158,8 +158,8 @@ def _explain_modes(outcome: Outcome) -> str:
     epochs = outcome.history[outcome.history.flood_level == outcome.compared].groupby("epoch")
     loss = epochs.train_loss_noisy.mean()[epochs.train_flooded_fraction_so_far.min() > 0]
     used = outcome.parameters
-    other = used["flood_on"] == "example" or not used["batch_norm"]
-    if other or len(loss) == 0 or loss.iloc[0] <= outcome.compared:
+    same_loss = used["flood_on"] == "example" or not used["batch_norm"]
+    if same_loss or len(loss) == 0 or loss.iloc[0] <= outcome.compared:
         return ""
     return (
         f"In epoch {loss.index[0]}, when flooding has begun in all trials, the dashed blue curve "
@@ -237,6 +237,7 @@ def _explain_marks(page: SubFigure, place: str = "outside lower center", ncols: 
     page.legend(handles, labels, loc=place, ncols=ncols)
 
 
+@in_style
 def draw_moving_boundary(outcome: Outcome, boundaries: Iterable[tuple[int, Boundary]]) -> bytes:
     """Return a GIF of how the first trial's networks learn, a frame an epoch.
 
@@ -244,8 +245,7 @@ def draw_moving_boundary(outcome: Outcome, boundaries: Iterable[tuple[int, Bound
     """
     frames = []
     for epoch, boundary in boundaries:
-        figure = in_style(_draw_boundary)(outcome, boundary, epoch)
-        [png] = png_files({"frame": figure}, dpi=100).values()
+        [png] = png_files({"": _draw_boundary(outcome, boundary, epoch)}, dpi=100).values()
         frames.append(Image.open(io.BytesIO(png)).convert("RGB").quantize(64, dither=0))
     milliseconds = [160] * (len(frames) - 1) + [2000]
     options = {"append_images": frames[1:], "duration": milliseconds, "loop": 0}

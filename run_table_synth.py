@@ -200,7 +200,7 @@ def train_missing(
             results.write_files({FILES[table.search]: csv_bytes(trained)}, table.output_dir)
             with going_on(failures, TrackingError):
                 metrics = results.summarize_trial(rows)
-                log.trial(str(trial), {**table.shared(), **flat(trial)}, times, metrics)
+                log.trial(str(trial), flat(trial), times, metrics)
     return trained
 
 

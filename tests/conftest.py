@@ -49,9 +49,9 @@ class Result:
 class Folder:
     """An empty folder to run scripts in, with a view of its MLflow store."""
 
-    def __init__(self, path: Path, uri: str | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.uri = uri or f"sqlite:///{path}/mlflow.db"
+        self.uri = f"sqlite:///{path}/mlflow.db"
         self.processes: list[subprocess.Popen] = []
 
     def run(self, script: str, *flags: object, stdout: TextIO | None = None) -> Result:
