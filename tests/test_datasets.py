@@ -7,26 +7,22 @@ import itertools
 import numpy as np
 import pytest
 
-from datasets import DATASETS, Data, best_possible_accuracy, flip_labels, make_dataset
+from datasets import DATASETS, Data, Dataset, Split, best_possible_accuracy, make_dataset
 from settings import FIGURES_VERSION, SPLITS, SettingError
 
-SIZES = {
-    "gaussian": (200, 200, 20_000),  # 100, 100 and 10 000 per class
-    "spiral": (200, 200, 20_000),
-    "sinusoid": (100, 100, 20_000),
-    "sinusoid2d": (100, 100, 20_000),
-}
+SIZES = dict.fromkeys(("gaussian", "spiral"), (200, 200, 20_000))  # 100, 100, 10 000 per class
+SIZES |= dict.fromkeys(("sinusoid", "sinusoid2d"), (100, 100, 20_000))
 
 
-def draw(dataset, label_noise=0.1, seed=3, **changes):
+def draw(dataset: str, label_noise: float = 0.1, seed: int = 3, **changes: float) -> Dataset:
     return make_dataset(Data(dataset=dataset, label_noise=label_noise, **changes), seed)
 
 
-def flips(split):
+def flips(split: Split) -> list[int]:
     return list(np.flatnonzero(split.noisy_labels != split.clean_labels))
 
 
-@pytest.mark.parametrize("dataset", SIZES)
+@pytest.mark.parametrize("dataset", DATASETS)
 @pytest.mark.parametrize("label_noise", [0.0, 0.01, 0.1, 0.57])
 def test_shapes_types_balance_and_exact_count_of_flipped_labels(dataset, label_noise):
     data = draw(dataset, label_noise, seed=1)
@@ -36,12 +32,12 @@ def test_shapes_types_balance_and_exact_count_of_flipped_labels(dataset, label_n
         assert split.inputs.shape == (samples, dimensions) and split.inputs.dtype == np.float32
         assert split.noisy_labels.shape == split.clean_labels.shape == (samples,)
         assert split.noisy_labels.dtype == split.clean_labels.dtype == np.int64
-        assert set(split.noisy_labels) == {0, 1} and len(flips(split)) == int(label_noise * samples)
+        flipped = flips(split)
+        assert set(split.noisy_labels) == {0, 1} and len(flipped) == int(label_noise * samples)
+        if label_noise:  # drawn evenly: the gaussian's and the spiral's labels stand by class
+            assert abs(np.mean(flipped) / samples - 0.5) <= 1.3 / np.sqrt(len(flipped))
         spread = 0 if dataset in ("gaussian", "spiral") else 2.5 / np.sqrt(samples)
         assert abs(split.clean_labels.mean() - 0.5) <= spread
-    assert set(DATASETS) == set(SIZES)
-    filled = Data(dataset=dataset, label_noise=label_noise, val_samples=7).filled()
-    assert (filled.train_samples, filled.val_samples) == (SIZES[dataset][0], 7)
 
 
 def test_the_data_are_those_of_the_figures():
@@ -58,7 +54,7 @@ def test_the_data_are_those_of_the_figures():
     np.testing.assert_allclose(first, [0.7859, -0.9200, 1.4716], atol=1e-4)
 
 
-def assert_labels_are_signs(split, score):
+def assert_labels_are_signs(split: Split, score: np.ndarray) -> None:
     clear = abs(score) > 1e-5
     np.testing.assert_array_equal(split.clean_labels[clear], score[clear] > 0)
 
@@ -78,20 +74,17 @@ def test_sinusoid2d():
         np.testing.assert_allclose(share / len(values), 0.1, atol=0.012)
 
 
-def test_sinusoid():
+def test_sinusoid_and_gaussian():
     split = draw("sinusoid").test
     inputs = split.inputs.astype(float)
     assert_labels_are_signs(split, inputs[:, 0] + np.sin(inputs[:, 1]))
-    np.testing.assert_allclose(inputs.mean(axis=0), 0, atol=0.08)
-    np.testing.assert_allclose(np.cov(inputs.T), 4 * np.eye(10), atol=0.25)
-
-
-def test_gaussian():
+    samples = [(inputs, 0, 2)]
     split = draw("gaussian").test
-    for label, mean in ((1, 0), (0, 1)):
-        inputs = split.inputs[split.clean_labels == label]
-        np.testing.assert_allclose(inputs.mean(axis=0), mean, atol=0.06)
-        np.testing.assert_allclose(np.cov(inputs.T), np.eye(10), atol=0.08)
+    samples += [(split.inputs[split.clean_labels == k], 1 - k, 1) for k in (0, 1)]
+    for inputs, mean, deviation in samples:
+        np.testing.assert_allclose(inputs.mean(axis=0), mean, atol=0.04 * deviation)
+        covariance = np.cov(inputs.T) / deviation**2
+        np.testing.assert_allclose(covariance, np.eye(10), atol=0.06)
 
 
 def test_spiral():
@@ -112,59 +105,39 @@ def test_spiral():
     np.testing.assert_allclose(noise.mean(axis=0), 0, atol=0.03)
 
 
-@pytest.mark.parametrize("dataset", SIZES)
+@pytest.mark.parametrize("dataset", DATASETS)
 def test_every_split_has_streams_of_its_own(dataset):
+    """The flips do not come from the stream of the inputs, of which other data sets take more."""
     equal = {"spiral_noise": 0.5, **{f"{name}_samples": 200 for name in SPLITS}}
     draws = [draw(dataset, seed=seed, **equal) for seed in (7, 8)]
     splits = [getattr(data, name) for data in draws for name in SPLITS]
     for one, other in itertools.combinations(splits, 2):
         assert np.isin(one.inputs, other.inputs).mean() < 0.01
         assert flips(one) != flips(other)
-    # The flips do not come from the stream of the inputs, of which other data sets take more.
-    for other in SIZES:
-        assert [flips(getattr(draw(other, seed=7, **equal), name)) for name in SPLITS] == [
-            flips(split) for split in splits[:3]
-        ]
-
-
-@pytest.mark.parametrize("dataset", SIZES)
-def test_same_seed_same_bits_whatever_else_changes(dataset):
-    base = draw(dataset, spiral_noise=0.5)
-    changed = draw(dataset, spiral_noise=0.5, train_samples=37)
-    quiet = draw(dataset, 0.0, spiral_noise=0.5)
-    for name, field in itertools.product(SPLITS, ("inputs", "noisy_labels", "clean_labels")):
-        bits = getattr(getattr(base, name), field)
+    for other in DATASETS:
+        others = draw(other, seed=7, **equal)
+        assert [flips(getattr(others, name)) for name in SPLITS] == [*map(flips, splits[:3])]
+    # The same seed draws the same, whatever else changes.
+    fewer = draw(dataset, seed=7, **{**equal, "train_samples": 37})
+    quiet = draw(dataset, label_noise=0.0, seed=7, **equal)
+    for name, split in zip(SPLITS, splits):
         if name != "train":
-            np.testing.assert_array_equal(bits, getattr(getattr(changed, name), field))
-        if field != "noisy_labels":
-            np.testing.assert_array_equal(bits, getattr(getattr(quiet, name), field))
+            np.testing.assert_equal(vars(getattr(fewer, name)), vars(split))
+        without_flips = {**vars(split), "noisy_labels": split.clean_labels}
+        np.testing.assert_equal(vars(getattr(quiet, name)), without_flips)
 
 
-def test_flipped_labels_are_drawn_evenly():
-    generator = np.random.default_rng(0)
-    labels = np.zeros(20, dtype=np.int64)
-    counts = sum(flip_labels(labels, 0.25, generator) for _ in range(4000))
-    np.testing.assert_allclose(counts / 4000, 0.25, atol=0.04)
-    assert not labels.any()
-
-
-def test_best_accuracy_of_gaussian_is_that_of_its_posterior():
-    wanted = Data(dataset="gaussian", label_noise=0.1, test_samples=400_000)
-    split = make_dataset(wanted, seed=11).test
-    # log p(x|1) / p(x|0) = |x - (1, ..., 1)|^2 / 2 - |x|^2 / 2
-    x = split.inputs.astype(float)
-    best = ((x - 1) ** 2).sum(axis=1) > (x**2).sum(axis=1)
-    for labels, noise in ((split.noisy_labels, 0.1), (split.clean_labels, 0.0)):
-        expected = best_possible_accuracy(wanted, noise)
-        assert (best == labels).mean() == pytest.approx(expected, abs=0.002)
-
-
-def test_best_accuracy_is_the_known_number():
-    def best(dataset, label_noise=0.1, **changes):
+def test_best_possible_accuracy():
+    def best(dataset: str, label_noise: float = 0.1, **changes: float) -> float:
         data = Data(dataset=dataset, label_noise=label_noise, **changes)
         return best_possible_accuracy(data, label_noise)
 
-    assert best("gaussian", 0.0) == pytest.approx(0.943, abs=5e-4)
+    split = draw("gaussian", seed=11, test_samples=400_000).test
+    # log p(x|1) / p(x|0) = |x - (1, ..., 1)|^2 / 2 - |x|^2 / 2
+    x = split.inputs.astype(float)
+    bayes = ((x - 1) ** 2).sum(axis=1) > (x**2).sum(axis=1)
+    assert (bayes == split.noisy_labels).mean() == pytest.approx(best("gaussian"), abs=0.002)
+    assert (bayes == split.clean_labels).mean() == pytest.approx(best("gaussian", 0.0), abs=0.002)
     assert best("spiral") == best("sinusoid") == best("sinusoid2d") == 0.9
     assert best("sinusoid", test_samples=15) == pytest.approx(14 / 15)  # one is flipped
     assert np.isnan(best("spiral", spiral_noise=1.0))
@@ -173,10 +146,9 @@ def test_best_accuracy_is_the_known_number():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("dataset", "moons"),
         *(("label_noise", value) for value in (1.0, -0.1, np.nan)),
         *(("spiral_noise", value) for value in (-1.0, np.inf)),
-        *(("train_samples", 0), ("test_samples", -3)),
+        *(("dataset", "moons"), ("train_samples", 0), ("test_samples", -3)),
     ],
 )
 def test_bad_settings_name_the_setting_and_the_value(name, value):
