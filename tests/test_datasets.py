@@ -1,7 +1,5 @@
 """The data sets against their formulas, independently written."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

@@ -1,9 +1,6 @@
 """What the scores say: the chosen level, a demo's outcome, the statistics, the printed table."""
 
-from __future__ import annotations
-
 import itertools
-from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -14,9 +11,7 @@ from datasets import Data
 from results import choose_models, compare, conclude, csv_bytes, markdown, paired_gain, read_csv
 
 
-def scores_of(
-    figures: Sequence[tuple], seed: int = 0, scored_epoch: str = "last", **setting: float
-) -> pd.DataFrame:
+def scores_of(figures, seed=0, scored_epoch="last", **setting) -> pd.DataFrame:
     """Rows of one trial from (flood level, val accuracy, val loss, test accuracy, clean, start)."""
     names = ["flood_level", "val_accuracy_noisy", "val_loss_noisy", "test_accuracy_noisy"]
     rows = [(*figure, 0)[:6] for figure in figures]
@@ -25,7 +20,7 @@ def scores_of(
     return rows.assign(**vars(data.filled()), scored_epoch=scored_epoch, seed=seed)
 
 
-def trials_of(without: Sequence[float], flooded: Sequence[float], **setting: float) -> pd.DataFrame:
+def trials_of(without, flooded, **setting) -> pd.DataFrame:
     """Trials that have these test accuracies without and with flooding."""
     trials = [
         scores_of([(0, 0.5, 1, a, 1.0), (0.25, 0.6, 1, b, 0.5)], seed, scored_epoch, **setting)
@@ -50,7 +45,7 @@ def test_the_highest_level_of_equals_is_chosen_and_other_rules_can_be_asked_for(
     assert list(table.with_flooding_mean) == [0.8, 0.9]
 
 
-def history_of(clean: Sequence[float], noisy: Sequence[float], seeds: int = 1) -> pd.DataFrame:
+def history_of(clean, noisy, seeds=1) -> pd.DataFrame:
     """A demo's history of two epochs; in the last levels 0, 0.1, ... have these val accuracies."""
     rows = [
         {"seed": seed, "flood_level": level / 10, "epoch": epoch, "val_accuracy_clean": a,
