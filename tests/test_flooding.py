@@ -266,12 +266,7 @@ def test_parameters_that_are_no_tensors_are_refused():
             flood_gradients(parameters, torch.tensor(1.0), 9.0)
 
 
-def test_losses_with_label_smoothing_and_in_bfloat16():
-    """The figures of the docstring."""
-    for classes, lowest in ((10, 0.500), (3, 0.291)):
-        target = 0.1 / classes + 0.9 * torch.eye(classes)[0]
-        loss = cross_entropy(target.log()[None], torch.tensor([0]), label_smoothing=0.1)
-        assert loss.item() == pytest.approx(lowest, abs=5e-4)
+def test_a_loss_in_bfloat16_often_equals_the_level():
     losses = torch.linspace(0.09, 0.11, 2001).bfloat16().requires_grad_()
     flood(losses, torch.full((2001,), 0.1)).sum().backward()
     assert (losses.grad == 0).sum() == 49
