@@ -57,7 +57,10 @@ def one_network(network: MLP, k: int) -> nn.Module:
 def one_by_one(network, data, level, settings, generator, start) -> Iterator[dict[str, float]]:
     """Train one network by `reference.py`; yields its METRICS before training and every epoch."""
     plain = one_network(network, start)
-    optimizer = train.make_optimizer(plain, settings)
+    options = {"lr": settings.learning_rate, "weight_decay": 1e-3}
+    optimizer = torch.optim.Adam(plain.parameters(), **options)
+    if settings.optimizer == "sgd":
+        optimizer = torch.optim.SGD(plain.parameters(), momentum=0.9, **options)
     inputs, labels = map(torch.from_numpy, (data.train.inputs, data.train.noisy_labels))
     reduction = "mean" if settings.flood_on == "batch" else "none"
     below, metrics = [], {"train_batch_loss": math.nan, "train_flooded_fraction_so_far": 0.0}
@@ -138,13 +141,6 @@ def test_models_at_once_equal_models_one_by_one(
     assert not metrics.train_flooded_fraction_so_far.loc[0.0].any()
 
 
-def test_the_best_of_equal_epochs_is_the_first_after_training():
-    network, generator = network_and_generator(batch_norm=False)
-    settings = training(learning_rate=1e-12)
-    table = score_last_and_best(network, small_data(), LEVELS, settings, CPU, generator)
-    assert list(table.epoch) == [4, 4, 4, 1, 1, 1]
-
-
 @pytest.mark.parametrize(
     ("capability", "training", "onednn"),
     [("AVX512", True, True), ("AVX2", True, False), ("AVX2", False, True), ("", False, False)],
@@ -190,7 +186,7 @@ def test_a_loss_at_the_level_is_not_below_it():
     for parameter in network.linears[-1].parameters():
         nn.init.zeros_(parameter)  # its loss is log 2, to the last bit
     levels = [0.0, 0.1, torch.tensor(2.0).log().item(), 50.0]
-    settings = training(learning_rate=1e-12, batch_size=30, epochs=1)
+    settings = training(learning_rate=1e-12, batch_size=2, epochs=1)  # the mean of two is exact
     metrics = train_all(network, small_data(), levels, settings, CPU, generator)
     assert list(metrics.xs(1, level="epoch").train_flooded_fraction_so_far) == [0, 0, 0, 1]
 
