@@ -48,8 +48,15 @@ def test_the_data_are_those_of_the_figures():
     for dataset, expected in flipped.items():
         data = draw(dataset, 0.05, seed=0)
         assert tuple(flips(getattr(data, name))[:5] for name in SPLITS) == expected
-    first = draw("gaussian", seed=0).train.inputs[0, :3]
-    np.testing.assert_allclose(first, [0.7859, -0.9200, 1.4716], atol=1e-4)
+    first = {
+        "sinusoid2d": [1.5389, 0.1749],
+        "sinusoid": [1.5718, -1.8399],
+        "gaussian": [0.7859, -0.92],
+        "spiral": [0.393, -0.46],
+    }
+    for dataset, expected in first.items():
+        inputs = draw(dataset, seed=0, spiral_noise=0.5).train.inputs
+        np.testing.assert_allclose(inputs[0, :2], expected, atol=1e-4)
 
 
 def assert_labels_are_signs(split: Split, score: np.ndarray) -> None:
