@@ -141,18 +141,46 @@ def test_models_at_once_equal_models_one_by_one(
     assert not metrics.train_flooded_fraction_so_far.loc[0.0].any()
 
 
+@pytest.mark.parametrize("convolution", [False, True])
+@pytest.mark.parametrize("shape", [(7, 3, 5, 4), (1, 2, 1, 3), (40, 5, 33, 17)])
+def test_a_stacked_product_and_its_gradients_are_right(shape, convolution, monkeypatch):
+    monkeypatch.setattr(models, "prefers_convolution", lambda device: convolution)
+    samples, copies, inputs, outputs = shape
+    rows, weight = torch.randn(samples, copies * inputs), torch.randn(copies, outputs, inputs)
+    found = [tensor.requires_grad_() for tensor in (rows, weight)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in (rows, weight)]
+    by_copy = exact[0].view(samples, copies, inputs)
+    products = [
+        stacked_product(*found), torch.einsum("nki,koi->nko", by_copy, exact[1]).flatten(1)
+    ]  # fmt: skip
+    for product in products:
+        product.sin().sum().backward()
+    for one, other in zip(
+        (products[0], *(each.grad for each in found)),
+        (products[1], *(each.grad for each in exact)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one.double(), other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("capability", "training", "onednn"),
     [("AVX512", True, True), ("AVX2", True, False), ("AVX2", False, True), ("", False, False)],
 )
-def test_the_processor_decides_which_kernel_multiplies(capability, training, onednn, monkeypatch):
-    """With one thread, as the tests have it, PyTorch's own `conv2d` would be a slow one."""
+def test_the_processor_decides_which_kernel_multiplies(
+    threads, capability, training, onednn, monkeypatch
+):
+    """With one thread PyTorch's own `conv2d` would be a slow one."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     rows, weight = torch.randn(50, 3 * 20).requires_grad_(), torch.randn(3, 30, 20)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     with torch.profiler.profile() as profile, torch.set_grad_enabled(training):
         total = stacked_product(rows, weight.requires_grad_()).sum()
         if training:
             total.backward()
+    torch.set_num_threads(before)
     ran = {event.key for event in profile.key_averages()}
     assert ("aten::mkldnn_convolution" in ran) == onednn
     assert ("mkldnn::_convolution_transpose_pointwise" in ran) == (onednn and training)
