@@ -11,98 +11,64 @@ import struct
 import subprocess
 import sys
 import termios
-from pathlib import Path
 
 import pytest
-from conftest import PROJECT
+from conftest import PROJECT, one_line, parse
 
-import settings
 from run_demo_synth import Demo
-from settings import Model, SettingError, Training, flat, parse_flags
+from settings import Model, SettingError, Training, flat
 
 
-def test_what_hangs_on_the_optimizer_is_filled_in_where_it_is_not_said():
-    adam = Training(optimizer="adam", batch_size=20, epochs=5)
-    sgd = Training(optimizer="sgd", learning_rate=0.3, batch_size=20, epochs=5)
-    assert (adam.learning_rate, adam.momentum) == (None, None)
-    assert (adam.filled().learning_rate, adam.filled().momentum) == (0.001, 0)
-    assert (sgd.filled().learning_rate, sgd.filled().momentum) == (0.3, 0.9)
-    assert adam.filled().filled() == adam.filled()
+def python(*command: object, **options: object) -> subprocess.CompletedProcess:
+    """Run Python in a process of its own, as a user does."""
+    options = {"cwd": PROJECT, "text": True, "timeout": 60, **options}
+    return subprocess.run([sys.executable, *map(str, command)], **options)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("learning_rate", value) for value in (0.0, float("nan"), float("inf"))),
-        *(("momentum", value) for value in (1.0, -0.1, 0.5)),  # 0.5: only with sgd
-        *(("weight_decay", -1.0), ("batch_size", 0), ("epochs", 0)),
-        *(("optimizer", "lion"), ("flood_on", "run")),
-        *(("hidden_layers", 0), ("hidden_units", 0)),
-    ],
-)
-def test_a_part_refuses_what_is_out_of_range(name, value):
-    with pytest.raises(SettingError, match=rf"^{name} .*{value}.*: .*[a-z]"):
-        if name.startswith("hidden"):
-            Model(**{name: value})
-        else:
-            Training(**{"optimizer": "adam", "batch_size": 20, "epochs": 5, name: value})
-
-
-def test_batch_norm_needs_two_examples():
-    for batch_size, samples, fits in ((3, 10, False), (1, 4, False), (4, 10, True), (9, 1, False)):
-        training = Training(optimizer="sgd", batch_size=batch_size, epochs=1)
-        training.check_batches(samples, batch_norm=False)
-        if fits:
-            training.check_batches(samples, batch_norm=True)
-        else:
-            with pytest.raises(
-                SettingError, match=rf"batch_size {batch_size}: .* of {samples} one"
-            ):
-                training.check_batches(samples, batch_norm=True)
-
-
-def test_flags_are_flat_and_so_are_the_parameters(monkeypatch):
-    flags = ("--dataset", "spiral", "--epochs", "7", "--no-batch-norm", "--val-samples", "9")
-    monkeypatch.setattr("sys.argv", ["script.py", *flags])
-    demo = parse_flags(Demo, "What it does.")
+def test_flags_are_flat_and_so_are_the_parameters():
+    flags = ("--dataset", "spiral", "--epochs", 7, "--no-batch-norm", "--val-samples", 9)
+    demo = parse(Demo, *flags, "--learning-rate", 0.3, "--batch-size", 199)
     assert (demo.data.dataset, demo.data.train_samples, demo.data.val_samples) == ("spiral", 200, 9)
-    assert (demo.training.epochs, demo.model) == (7, Model(batch_norm=False))
+    assert (demo.training.epochs, demo.training.learning_rate) == (7, 0.3)
+    assert demo.model == Model(batch_norm=False)  # with it no example may be alone in a batch
     parameters = flat(demo)
     assert (parameters["dataset"], parameters["output_dir"]) == ("spiral", ".")
     assert json.loads(json.dumps(parameters)) == parameters
 
 
+@pytest.mark.parametrize(("name", "value"), [("optimizer", "lion"), ("flood_on", "run")])
+def test_what_a_flag_cannot_say_is_refused_too(name, value):
+    with pytest.raises(SettingError, match=rf"^{name} '{value}': .*[a-z]"):
+        Training(**{"optimizer": "adam", "batch_size": 20, "epochs": 5, name: value})
+
+
 @pytest.mark.parametrize("script", ["run_demo_synth.py", "run_table_synth.py"])
-@pytest.mark.parametrize(("options", "columns"), [(["-OO"], "80"), ([], "1")])
-def test_help_without_docstrings_and_in_the_narrowest_terminal(script, options, columns):
-    """tyro does not end in one column."""
-    command = [sys.executable, *options, PROJECT / script, "--help"]
-    environment = {**os.environ, "COLUMNS": columns}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "0.01 for sgd, 0.001 for adam" in re.sub(r"[\s│]+", " ", done.stdout)
+def test_help_and_wrong_flags_need_no_heavy_import(script, tmp_path):
+    """Nor docstrings, nor a wide terminal: tyro does not end in one column."""
+    (tmp_path / "run.py").write_text(
+        "import runpy, sys\nclass Blocked:\n def find_spec(name, *more):\n"
+        "  if name in ('torch', 'mlflow', 'matplotlib', 'pandas'): raise RuntimeError(name)\n"
+        f"sys.meta_path.insert(0, Blocked); sys.path.insert(0, {str(PROJECT)!r})\n"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    (folder := tmp_path / "empty").mkdir()
 
+    def run(*command: object, columns: int = 80) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "COLUMNS": str(columns)}
+        return python(*command, cwd=folder, env=environment, capture_output=True)
 
-def test_a_folder_for_files_is_made_or_refused(tmp_path):
-    settings.check_output_dir(tmp_path / "new" / "one")
-    assert (tmp_path / "new" / "one").is_dir() and not list((tmp_path / "new" / "one").iterdir())
-    for folder in ("/dev/null/x", "/proc/self"):
-        with pytest.raises(SettingError, match=f"^output_dir {folder}: a folder that can be writ"):
-            settings.check_output_dir(Path(folder))
-
-
-def test_what_fails_after_training_costs_only_itself(capsys):
-    failures = []
-    for error in (OSError("no\nspace"), ValueError("other"), OSError("again")):
-        with settings.going_on(failures, OSError, ValueError):
-            raise error
-    with pytest.raises(KeyError), settings.going_on(failures, OSError):
-        raise KeyError
-    with pytest.raises(SystemExit, match=r"^1$"):
-        settings.end_with(failures)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(" error: ")[1] for line in lines] == ["no space", "other"]
-    settings.end_with([])
+    shown = run(tmp_path / "run.py", PROJECT / script, "--help")
+    usage, *lines = shown.stdout.splitlines()
+    assert usage.startswith("usage: ") and max(map(len, lines)) <= 80
+    narrow = run("-OO", tmp_path / "run.py", PROJECT / script, "--help", columns=1)
+    for done in (shown, narrow):
+        assert (done.returncode, done.stderr) == (0, "") and "None" not in done.stdout
+        assert "0.01 for sgd, 0.001 for adam" in re.sub(r"[\s│]+", " ", done.stdout)
+        for name in ("dataset", "hidden-layers", "optimizer", "seed", "output-dir"):
+            assert re.search(rf"--{name}\b(?!-)", done.stdout), name
+    refused = run(tmp_path / "run.py", PROJECT / script, "--label-noise", 2)
+    assert refused.returncode == 2 and "--label-noise 2.0: " in one_line(refused.stderr)
+    assert not list(folder.iterdir())
 
 
 def test_a_bar_that_nobody_reads_costs_nothing():
@@ -111,11 +77,10 @@ def test_a_bar_that_nobody_reads_costs_nothing():
     code += "bar.delay = bar.mininterval = 0\nbar.update(5)\nbar.close()"
     reading, writing = os.pipe()
     os.close(reading)
-    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, stderr=writing, check=True)
+    python("-c", code, stderr=writing, check=True)
 
 
-@pytest.mark.parametrize("redirected", [False, True])
-@pytest.mark.parametrize(("rows", "columns"), [(0, 0), (24, 40)])
+@pytest.mark.parametrize(("rows", "columns", "redirected"), [(0, 0, False), (24, 40, True)])
 def test_the_progress_bar_fits_the_terminal_and_says_the_time_left(rows, columns, redirected):
     """Containers and CI have terminals of 0 rows and 0 columns."""
     code = "import settings, time\nbar = settings.progress_bar(2000, 'epoch')\n"
@@ -125,8 +90,7 @@ def test_the_progress_bar_fits_the_terminal_and_says_the_time_left(rows, columns
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     output = subprocess.DEVNULL if redirected else theirs
-    command = [sys.executable, "-c", code]
-    subprocess.run(command, cwd=PROJECT, env=environment, stdout=output, stderr=theirs, check=True)
+    python("-c", code, env=environment, stdout=output, stderr=theirs, check=True)
     os.close(theirs)  # or a bar that is not there would be waited for
     lines = re.split(r"[\r\n]+", os.read(ours, 10_000).decode())
     [line] = [line for line in lines if "100 of 2000 epochs" in line]

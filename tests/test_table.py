@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Folder, finish, one_line, wait_until
+from conftest import Folder, one_line, parse
 
 import datasets
 import run_table_synth
@@ -19,7 +19,7 @@ from datasets import Data, make_dataset
 from models import MLP
 from results import COLUMNS, FIGURES, MODEL, ORIGIN, compare, markdown, read_csv
 from run_table_synth import FILES, Table, start_generator, train_trial
-from settings import Model, Training, flat, parse_flags
+from settings import Model, Training, flat
 from tracking import TrackingError
 from train import score_last_and_best
 
@@ -30,11 +30,9 @@ SMALL = (
     *("--train-samples", 40, "--val-samples", 30, "--test-samples", 200, "--no-batch-norm"),
     *("--hidden-layers", 2, "--hidden-units", 16, "--learning-rate", 0.003),
 )
-TRIALS, LEVELS = 6, [0.0, 0.3, 0.6]
 TRIALS_FILE, STARTS_FILE = FILES["levels"], FILES["starts"]
 PRINTED = ("table_synth.md", "table_synth.csv", "table_synth.png")
 TRAINING = Training(optimizer="adam", learning_rate=0.003, batch_size=16, epochs=12)
-MODEL_SHAPE = Model(hidden_layers=2, hidden_units=16, batch_norm=False)
 
 
 def trained(folder: Folder) -> int:
@@ -43,36 +41,24 @@ def trained(folder: Folder) -> int:
     return len(read_csv(path)[["dataset", "seed"]].drop_duplicates()) if path.exists() else 0
 
 
-def assert_same_files(folder, whole, names=(*PRINTED, TRIALS_FILE)):
+def assert_same_files(one: Folder, other: Folder, names: Sequence[str] = PRINTED) -> None:
     for name in names:
-        assert (folder.path / name).read_bytes() == (whole.path / name).read_bytes(), name
-
-
-def parse(monkeypatch, *flags):
-    monkeypatch.setattr("sys.argv", [SCRIPT, *map(str, flags)])
-    return parse_flags(Table, "")
-
-
-@pytest.fixture
-def no_training(monkeypatch):
-    monkeypatch.setattr(run_table_synth, "score_last_and_best", None)
+        assert (one.path / name).read_bytes() == (other.path / name).read_bytes(), name
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, empty_store):
+def whole(make_folder) -> Folder:
     """A folder with a table made in one go."""
-    folder = Folder(tmp_path_factory.mktemp("whole"))
-    shutil.copy(empty_store, folder.path / "mlflow.db")
-    result = folder.run(SCRIPT, *SMALL)
-    assert result.status == 0, result.errors
-    assert "6 trials of 3 levels, 0 trained before" in result.output
-    assert (folder.path / "table_synth.md").read_text() in result.output
+    folder = make_folder()
+    output = folder.succeed(SCRIPT, *SMALL)
+    assert "6 trials of 3 levels, 0 trained before" in output
+    assert (folder.path / "table_synth.md").read_text() in output
     return folder
 
 
-def test_defaults_are_the_papers_with_the_released_network(monkeypatch):
+def test_defaults_are_the_papers_with_the_released_network():
     """Protocol section 4, and the sizes of section 2; another network is a flag away."""
-    table = parse(monkeypatch)
+    table = parse(Table)
     training = Training(optimizer="adam", learning_rate=0.001, batch_size=200, epochs=500)
     assert (table.training, table.model) == (training.filled(), Model())
     assert flat(Model()) == {"hidden_layers": 4, "hidden_units": 500, "batch_norm": True}
@@ -82,11 +68,11 @@ def test_defaults_are_the_papers_with_the_released_network(monkeypatch):
     sizes = {"gaussian": 200, "sinusoid2d": 100, "spiral": 200}
     settings = [(x.dataset, x.label_noise, x.train_samples) for x in table.list_settings()]
     assert settings == [(name, p, sizes[name]) for name in sizes for p in (0.01, 0.05, 0.1)]
-    quick = parse(monkeypatch, "--quick", "--flood-max", 0.35)
-    assert (quick.trials, [b for _, b in quick.list_models("levels")]) == (2, [0, 0.1, 0.2, 0.3])
-    assert [b for _, b in replace(quick, flood_max=0.3).list_models("levels")][-1] == 0.3
+    for highest, levels in ((0.35, [0, 0.1, 0.2, 0.3]), (0.3, [0, 0.1, 0.2, 0.3])):
+        quick = parse(Table, "--quick", "--flood-max", highest)
+        assert (quick.trials, [b for _, b in quick.list_models("levels")]) == (2, levels)
     flags = ("--dataset", "gaussian", "--hidden-layers", 5, "--no-batch-norm", "--val-samples", 50)
-    candidate = parse(monkeypatch, *flags)
+    candidate = parse(Table, *flags)
     assert candidate.model == Model(hidden_layers=5, batch_norm=False)
     assert {(x.train_samples, x.val_samples) for x in candidate.list_settings()} == {(200, 50)}
 
@@ -103,9 +89,7 @@ def test_defaults_are_the_papers_with_the_released_network(monkeypatch):
     ],
 )
 def test_bad_flags(empty_folder, flags, said):
-    result = empty_folder.run(SCRIPT, *flags)
-    assert (result.status, result.output) == (2, "")
-    assert f"error: {said}" in one_line(result.errors)
+    assert empty_folder.refuse(SCRIPT, *flags).startswith(said)
     assert not list(empty_folder.path.iterdir())
 
 
@@ -115,22 +99,19 @@ def test_raw_figures_are_of_a_training_that_scores_last_and_best(whole):
     rows = raw[(raw.seed == 6) & (raw.dataset == "gaussian")].reset_index(drop=True)
     sizes = {"train_samples": 40, "val_samples": 30, "test_samples": 200}
     data = make_dataset(Data(dataset="gaussian", label_noise=0.1, **sizes), seed=6)
-    generator = torch.Generator().manual_seed(6)
-    network = MLP(10, MODEL_SHAPE, [generator])
-    device = torch.device("cpu")
-    expected = score_last_and_best(network, data, LEVELS, TRAINING, device, generator)
+    generator, device = torch.Generator().manual_seed(6), torch.device("cpu")
+    network = MLP(10, Model(hidden_layers=2, hidden_units=16, batch_norm=False), [generator])
+    expected = score_last_and_best(network, data, [0, 0.3, 0.6], TRAINING, device, generator)
     figures = [*MODEL, *FIGURES]
     pd.testing.assert_frame_equal(rows[figures], expected[figures], check_exact=True)
     assert (rows.version == 2).all() and (rows.device == "cpu").all()
     [parent] = whole.parents("flooding-table")
     assert set(rows.commit.fillna("")) == {parent.data.tags.get("mlflow.source.git.commit", "")}
-    children = whole.children(parent)
-    assert len(children) == TRIALS and {run.info.status for run in children} == {"FINISHED"}
-    child = next(
-        run for run in children if run.info.run_name == "gaussian, label noise 0.1, seed 6"
-    )
+    children = {run.info.run_name: run for run in whole.children(parent)}
+    assert [run.info.status for run in children.values()] == ["FINISHED"] * 6
     best = rows[(rows.scored_epoch == "best") & (rows.flood_level == 0)]
-    assert child.data.metrics["best/without_flooding"] == best.test_accuracy_noisy.item()
+    logged = children["gaussian, label noise 0.1, seed 6"].data.metrics["best/without_flooding"]
+    assert logged == best.test_accuracy_noisy.item()
     kept = whole.client.download_artifacts(parent.info.run_id, TRIALS_FILE)
     assert Path(kept).read_bytes() == (whole.path / TRIALS_FILE).read_bytes()
 
@@ -138,10 +119,10 @@ def test_raw_figures_are_of_a_training_that_scores_last_and_best(whole):
 def test_the_fair_search_has_a_file_and_a_column_of_its_own(whole, folder):
     """Start 0 is the trial's level 0; the others are level 0 from weights of their own."""
     shutil.copy(whole.path / TRIALS_FILE, folder.path)
-    result = folder.run(SCRIPT, *SMALL, "--trials", 2, "--search", "starts")
-    assert result.status == 0, result.errors
-    assert "4 trials of 3 starts, 0 trained before" in result.output
-    assert (folder.path / TRIALS_FILE).read_bytes() == (whole.path / TRIALS_FILE).read_bytes()
+    output = folder.succeed(SCRIPT, *SMALL, "--trials", 2, "--search", "starts")
+    assert "4 trials of 3 starts, 0 trained before" in output
+    assert "| best of 3 starts | fair gain |" in output
+    assert_same_files(folder, whole, [TRIALS_FILE])
     levels, starts = read_csv(folder.path / TRIALS_FILE), read_csv(folder.path / STARTS_FILE)
     same = [name for name in COLUMNS if name not in ORIGIN]
     level_0 = levels[(levels.flood_level == 0) & (levels.seed < 7)].reset_index(drop=True)
@@ -149,14 +130,13 @@ def test_the_fair_search_has_a_file_and_a_column_of_its_own(whole, folder):
     pd.testing.assert_frame_equal(start_0[same], level_0[same], check_exact=True)
     assert not starts.flood_level.any()
     assert starts[starts.scored_epoch == "last"].val_loss_noisy.nunique() == 4 * 3
-    assert "| best of 3 starts | fair gain |" in result.output
     table = pd.read_csv(folder.path / "table_synth.csv")
     first = starts[(starts.dataset == "gaussian") & (starts.scored_epoch == "last")]
     best = first.sort_values(["val_accuracy_noisy", "val_loss_noisy"], ascending=[False, True])
     accuracy = best.drop_duplicates("seed").test_accuracy_noisy.mean()
     assert table.best_start_mean[0] == pytest.approx(accuracy)
-    again = folder.run(SCRIPT, *SMALL, "--trials", 2)  # when the levels come last, too
-    assert "4 trained before" in again.output and "| best of 3 starts |" in again.output
+    again = folder.succeed(SCRIPT, *SMALL, "--trials", 2)  # when the levels come last, too
+    assert "4 trained before" in again and "| best of 3 starts |" in again
 
 
 def test_the_weights_of_a_start_are_drawn_by_the_documented_rule():
@@ -164,34 +144,45 @@ def test_the_weights_of_a_start_are_drawn_by_the_documented_rule():
     assert [start_generator(5, start).initial_seed() for start in (0, 2)] == [5, seed]
 
 
-def test_killed_and_resumed_equals_uninterrupted(whole, folder):
-    """And another job in the same folder, while the first is at it, does nothing."""
-    first = folder.spawn(SCRIPT, *SMALL)
-    wait_until(lambda: trained(folder) >= 2)
-    second = folder.run(SCRIPT, *SMALL)
-    assert second.status == 2 and second.output == ""
-    assert one_line(second.errors).endswith("--output-dir .: another table is made there")
-    first.send_signal(signal.SIGKILL)
-    finish(first)
-    before = trained(folder)
-    assert 2 <= before < TRIALS and not (folder.path / "table_synth.md").exists()
-    resumed = folder.run(SCRIPT, *SMALL)
-    assert resumed.status == 0, resumed.errors
-    assert f"6 trials of 3 levels, {before} trained before" in resumed.output
-    assert_same_files(folder, whole)
+def test_what_stops_a_table_costs_no_finished_trial(whole, folder, monkeypatch):
+    """Nor does another job in the same folder, while the first is at it; nor store and picture."""
+
+    def train(network, data, levels, training, *rest):
+        trainings.append(training)
+        if len(trainings) == 3:
+            assert trained(folder) == 2
+            said = folder.refuse(SCRIPT, *SMALL)
+            assert said == "--output-dir .: another table is made there"
+            training = replace(training, optimizer="sgd", learning_rate=1e30)
+        return score_last_and_best(network, data, levels, training, *rest)
+
+    def away(*_):
+        raise TrackingError("the store is away")
+
+    trainings = []
+    monkeypatch.setattr(run_table_synth, "score_last_and_best", train)
+    result = folder.run(SCRIPT, *SMALL)
+    assert result.status == 1 and "with learning rate 1e+30" in one_line(result.errors)
+    assert trained(folder) == 2 and not (folder.path / "table_synth.md").exists()
+    monkeypatch.setattr("tracking.TableLog.trial", away)
+    monkeypatch.setattr("plot.draw_table", lambda *_: 1 / 0)
+    result = folder.run(SCRIPT, *SMALL)
+    assert "6 trials of 3 levels, 2 trained before" in result.output and len(trainings) == 3 + 4
+    assert result.status == 1 and "Saved: " in result.output
+    store, picture = result.errors.splitlines()
+    assert store.endswith(": error: the store is away") and picture.endswith("division by zero")
+    assert_same_files(folder, whole, (TRIALS_FILE, *PRINTED[:2]))
 
 
 def test_other_trials_are_added_and_none_is_lost(whole, folder):
     shutil.copy(whole.path / TRIALS_FILE, folder.path)
     other = ("--dataset", "spiral", "--label-noise", 0, 0.2, "--trials", 1, "--spiral-noise", 0, 1)
-    result = folder.run(SCRIPT, *SMALL, *other)
-    assert result.status == 0 and "4 trials of 3 levels, 0 trained" in result.output
-    assert "| spiral, τ = 1 | 20% |" in result.output and "gaussian" not in result.output
+    output = folder.succeed(SCRIPT, *SMALL, *other)
+    assert "4 trials of 3 levels, 0 trained" in output
+    assert "| spiral, τ = 1 | 20% |" in output and "gaussian" not in output
     lines, before = ((one.path / TRIALS_FILE).read_text().splitlines() for one in (folder, whole))
     assert [line for line in lines if not line.startswith("spiral")] == before
-    assert len(lines) == len(before) + 4 * 2 * len(LEVELS)
-    assert "6 trained before" in folder.run(SCRIPT, *SMALL).output
-    assert_same_files(folder, whole, PRINTED)
+    assert len(lines) == len(before) + 4 * 2 * 3
 
 
 def test_trials_from_files(whole, folder):
@@ -201,17 +192,18 @@ def test_trials_from_files(whole, folder):
     other = raw[raw.seed == 6].assign(torch="another", commit="0123456")
     unasked = raw[raw.seed == 7].assign(seed=99, commit="0123456")
     pd.concat([other, unasked]).to_csv(folder.path / "other.csv", index=False)
-    result = folder.run(SCRIPT, *SMALL, "--trials-from", "one.csv", "other.csv")
-    assert "6 trials of 3 levels, 4 trained before" in result.output, result.errors
+    output = folder.succeed(SCRIPT, *SMALL, "--trials-from", "one.csv", "other.csv")
+    assert "6 trials of 3 levels, 4 trained before" in output
     together, figures = read_csv(folder.path / TRIALS_FILE), COLUMNS[: -len(ORIGIN)]
     assert together[together.seed != 99][figures].equals(raw[figures])
     assert set(together[together.seed == 99].commit) == {"0123456"}
-    assert_same_files(folder, whole, PRINTED)
+    assert_same_files(folder, whole)
 
 
-def test_files_that_do_not_fit_are_refused(whole, folder, no_training):
+def test_files_that_do_not_fit_are_refused(whole, folder, monkeypatch):
+    monkeypatch.setattr(run_table_synth, "score_last_and_best", None)
     raw, text = read_csv(whole.path / TRIALS_FILE), (whole.path / TRIALS_FILE).read_text()
-    cut, other = "is cut short, or twice there, different", "has other flood levels"
+    cut = "is cut short, or twice there, different"
     for spoiled, said in (
         (raw.drop(columns="val_loss_noisy"), "cannot be read as raw figures"),
         (raw.replace({"test_loss_noisy": {raw.test_loss_noisy[0]: "x"}}), "cannot be read as"),
@@ -221,48 +213,18 @@ def test_files_that_do_not_fit_are_refused(whole, folder, no_training):
         (raw.assign(version=1), "version is 1, and 2 is asked for"),
         (raw.assign(flood_on="example"), "flood_on is example, and batch is asked for"),
         (raw.iloc[:-1], cut),
-        (raw.replace({"flood_level": {0.3: 0.31}}), other),
+        (raw.replace({"flood_level": {0.3: 0.31}}), "has other flood levels"),
         (pd.concat([raw, raw.assign(test_loss_noisy=9.0)]), cut),
     ):
+        name = "nothing.csv" if spoiled is None else "spoiled.csv"
         if spoiled is not None:
             spoiled = spoiled if isinstance(spoiled, str) else spoiled.to_csv(index=False)
-            (folder.path / "spoiled.csv").write_text(spoiled)
-        flags = ("--trials-from", "spoiled.csv" if spoiled is not None else "nothing.csv")
-        result = folder.run(SCRIPT, *SMALL, *flags)
-        assert result.status == 2 and f"error: {flags[1]}: " in one_line(result.errors), said
-        assert said in result.errors
+            (folder.path / name).write_text(spoiled)
+        line = folder.refuse(SCRIPT, *SMALL, "--trials-from", name)
+        assert line.startswith(f"{name}: ") and said in line
     (folder.path / TRIALS_FILE).write_text(text)
-    assert "epochs is 12, and 13 is" in folder.run(SCRIPT, *SMALL, "--epochs", 13).errors
+    assert "epochs is 12, and 13 is" in folder.refuse(SCRIPT, *SMALL, "--epochs", 13)
     assert (folder.path / TRIALS_FILE).read_text() == text and not folder.parents("flooding-table")
-
-
-def test_a_store_and_a_picture_that_fail_cost_no_figure(whole, folder, monkeypatch):
-    def away(*_):
-        raise TrackingError("the store is away")
-
-    monkeypatch.setattr("tracking.TableLog.trial", away)
-    monkeypatch.setattr("plot.draw_table", lambda *_: 1 / 0)
-    result = folder.run(SCRIPT, *SMALL)
-    assert result.status == 1 and "Saved: " in result.output
-    [store, picture] = result.errors.splitlines()
-    assert store.endswith(": error: the store is away") and picture.endswith("division by zero")
-    assert_same_files(folder, whole, (TRIALS_FILE, *PRINTED[:2]))
-
-
-def test_a_divergence_keeps_the_finished_trials(whole, folder, monkeypatch):
-    trainings = iter(range(TRIALS))
-
-    def train(network, data, levels, training, *rest):
-        if next(trainings) == 2:
-            training = replace(training, optimizer="sgd", learning_rate=1e30)
-        return score_last_and_best(network, data, levels, training, *rest)
-
-    monkeypatch.setattr(run_table_synth, "score_last_and_best", train)
-    result = folder.run(SCRIPT, *SMALL)
-    assert result.status == 1 and "with learning rate 1e+30" in one_line(result.errors)
-    lines = (folder.path / TRIALS_FILE).read_text().splitlines()
-    assert lines == (whole.path / TRIALS_FILE).read_text().splitlines()[: len(lines)]
-    assert trained(folder) == 2 and not (folder.path / "table_synth.md").exists()
 
 
 def half_circles(samples, _spiral_noise, generator):
@@ -273,13 +235,11 @@ def half_circles(samples, _spiral_noise, generator):
 def test_a_data_set_is_said_in_one_place(monkeypatch):
     """One more entry is all that a new one needs, and no other's formula is used for it."""
     monkeypatch.setitem(datasets.DATASETS, "moons", datasets.Source((40, 30, 200), half_circles))
-    small = {
-        "model": Model(hidden_layers=1, hidden_units=8),
-        "training": replace(TRAINING, epochs=2),
-    }
+    small = {"hidden_layers": 1, "hidden_units": 8}, {"trials": 2, "flood_step": 0.5}
     table = Table(
-        dataset=("moons",), label_noise=(0.1,), trials=2, flood_step=0.5, **small
-    ).filled()
+        dataset=("moons",), label_noise=(0.1,), model=Model(**small[0]),
+        training=replace(TRAINING, epochs=2), **small[1],
+    ).filled()  # fmt: skip
     result = compare(pd.concat(train_trial(table, trial)[1] for trial in table.list_trials()))
     assert result.best_possible.isna().all()
     assert markdown(result).count("| moons | 10% | unknown |") == 4

@@ -6,14 +6,18 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import mlflow.environment_variables as mlflow_settings
 import pytest
 import torch
-from conftest import PICTURES, SMALL, Folder, Server, one_line, wait_until
+from conftest import PICTURES, SMALL, Folder, one_line, wait_until
 from mlflow.exceptions import MlflowException
+from mlflow.server import constants
 
 import run_demo_synth
 from tracking import DemoLog, TableLog, mlflow
@@ -23,7 +27,7 @@ FLAGS = (*SMALL, "--epochs", 2, "--flood-levels", 0.65)
 SECRETS = ("secret", "se%63ret", "word@")
 
 
-def statuses(runs):
+def statuses(runs: list[mlflow.entities.Run]) -> list[str]:
     return [run.info.status for run in runs]
 
 
@@ -39,27 +43,45 @@ def test_a_store_that_has_died_costs_half_a_minute_at_most():
         getattr(mlflow_settings, f"MLFLOW_HTTP_REQUEST_{name}").get()
         for name in ("MAX_RETRIES", "TIMEOUT", "BACKOFF_FACTOR", "BACKOFF_JITTER")
     )
-    waits = retries * jitter + sum(
-        factor * 2**k for k in range(1, retries)
-    )  # none before the first
-    assert retries >= 2 and waits + (retries + 1) * timeout <= 30
+    backoff = sum(factor * 2**k for k in range(1, retries))  # none before the first
+    assert retries >= 2 and retries * jitter + backoff + (retries + 1) * timeout <= 30
 
 
 @pytest.fixture
-def server(tmp_path_factory, empty_store):
-    path = tmp_path_factory.mktemp("server")
-    shutil.copy(empty_store, path / "mlflow.db")
-    server = Server(path)
+def server(folder) -> Iterator[tuple[str, subprocess.Popen]]:
+    """MLflow's server of the folder's store, one process: its address, and to be stopped."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = {
+        constants.BACKEND_STORE_URI_ENV_VAR: folder.uri,
+        constants.ARTIFACT_ROOT_ENV_VAR: "mlflow-artifacts:/",
+        constants.ARTIFACTS_DESTINATION_ENV_VAR: "files",
+        constants.SERVE_ARTIFACTS_ENV_VAR: "true",
+    }
+    command = [sys.executable, "-m", "flask", "--app", "mlflow.server:app", "run"]
+    process = subprocess.Popen(
+        [*command, "--port", str(port)],
+        cwd=folder.path,
+        env={**os.environ, **store},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def listens() -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", port)) == 0
+
     try:
-        wait_until(server.answers)
-        yield server
+        wait_until(listens)
+        yield f"http://me:se%63ret@127.0.0.1:{port}", process
     finally:
-        server.send(signal.SIGKILL)
-        server.process.wait()
+        process.kill()
+        process.wait()
 
 
 def test_a_server_that_is_silent_and_then_dies_costs_only_its_log(
-    empty_folder, server, hasty, monkeypatch
+    folder, empty_folder, server, hasty, monkeypatch
 ):
     """Silent in the first of three trials, killed in the last one; what is between is logged.
 
@@ -68,22 +90,21 @@ def test_a_server_that_is_silent_and_then_dies_costs_only_its_log(
 
     def trained(demo, data, seed, *more):
         trial = train_trial(demo, data, seed, *more)
-        server.send((signal.SIGSTOP, signal.SIGCONT, signal.SIGKILL)[seed])
+        process.send_signal((signal.SIGSTOP, signal.SIGCONT, signal.SIGKILL)[seed])
         return trial
 
     train_trial = run_demo_synth.train_trial
     monkeypatch.setattr(run_demo_synth, "train_trial", trained)
-    empty_folder.uri = server.uri.replace("//", "//me:se%63ret@")
+    empty_folder.uri, process = server
     result = empty_folder.run(SCRIPT, *FLAGS, "--trials", 3)
     line = one_line(result.errors)  # what it met first
     assert result.status == 1 and "timed out" in line
     assert line.startswith(f"{SCRIPT}: error: $MLFLOW_TRACKING_URI: ")
     assert "Charts: $MLFLOW_TRACKING_URI/#/experiments/" in result.output
-    assert (
-        "<- chosen" in result.output and {p.name for p in empty_folder.path.iterdir()} >= PICTURES
-    )
-    [parent] = (there := Folder(server.path)).parents()
-    children = [run for run in there.children(parent) if run.data.params["seed"] == "1"]
+    assert "<- chosen" in result.output
+    assert {file.name for file in empty_folder.path.iterdir()} >= PICTURES
+    [parent] = folder.parents()
+    children = [run for run in folder.children(parent) if run.data.params.get("seed") == "1"]
     assert statuses(children) == ["FINISHED"] * 2 and statuses([parent]) == ["RUNNING"]
     logged = str([run.to_dictionary() for run in [parent, *children]])
     assert not any(secret in text for secret in SECRETS for text in (logged, line, result.output))
@@ -119,12 +140,9 @@ def test_a_store_that_is_not_there(empty_folder, hasty, script, uri, said):
     """One line, before training, without a password; nothing is left behind."""
     empty_folder.uri = uri
     flags = ("--run-id", "some") if script == "plot.py" else FLAGS
-    result = empty_folder.run(script, *flags)
-    line = one_line(result.errors)
-    assert result.status == 2 and result.output == ""
-    prefix = "--run-id some: " if script == "plot.py" else ""
-    assert line.startswith(f"{script}: error: {prefix}{said}")
-    assert len(line) > len(f"{script}: error: {prefix}{said}") - 2
+    line = empty_folder.refuse(script, *flags)
+    line = line.removeprefix("--run-id some: ") if script == "plot.py" else line
+    assert line.startswith(said) and len(line) > len(said) - 2
     assert not any(secret in line for secret in SECRETS)
     assert not list(empty_folder.path.iterdir())
 
@@ -140,17 +158,14 @@ def test_a_folder_that_was_moved_or_copied_is_refused_before_training(folder, mo
     with DemoLog({"dataset": "spiral", "trials": 1}, torch.device("cpu")):
         pass
     shutil.copytree(old, new.path) if copied else old.rename(new.path)
-    result = new.run(SCRIPT, *FLAGS)
-    assert result.status == 2 and result.output == ""
-    assert f"{old}/mlruns/1" in one_line(result.errors) and "move it back" in result.errors
+    line = new.refuse(SCRIPT, *FLAGS)
+    assert f"{old}/mlruns/1" in line and "move it back" in line
     assert len(new.parents()) == 1 and old.exists() == copied
 
 
 def test_files_that_cannot_be_written_are_refused_before_training(folder):
     (folder.path / "mlruns").touch()
-    result = folder.run(SCRIPT, *FLAGS)
-    assert result.status == 2 and result.output == ""
-    assert f"{folder.path}/mlruns" in one_line(result.errors)
+    assert f"{folder.path}/mlruns" in folder.refuse(SCRIPT, *FLAGS)
     assert statuses(folder.parents()) == ["FAILED"]
 
 
@@ -195,8 +210,8 @@ def test_a_table_goes_on_in_its_parent_though_it_was_deleted(folder, monkeypatch
     whole, unfinished = folder.parents("flooding-table")
     assert statuses([whole, unfinished]) == ["FINISHED", "FAILED"]
     assert "the table" in whole.data.tags["mlflow.note.content"]
-    names = {file.path for file in folder.client.list_artifacts(whole.info.run_id)}
-    assert "table.csv" in names and whole.data.params == {"epochs": "7", "batch_norm": "True"}
+    assert "table.csv" in folder.artifacts(whole)
+    assert whole.data.params == {"epochs": "7", "batch_norm": "True"}
     first, second = folder.children(whole)
     assert not folder.children(unfinished)
     assert second.data.metrics == {"last/without_flooding": 1.5, "best/flood_level": 0.02}
