@@ -13,12 +13,11 @@ import pytest
 import torch
 from conftest import Folder, one_line, parse
 
-import datasets
 import run_table_synth
 from datasets import Data, make_dataset
 from models import MLP
-from results import COLUMNS, FIGURES, MODEL, ORIGIN, compare, markdown, read_csv
-from run_table_synth import FILES, Table, start_generator, train_trial
+from results import COLUMNS, FIGURES, MODEL, ORIGIN, read_csv
+from run_table_synth import FILES, Table, start_generator
 from settings import Model, Training, flat
 from tracking import TrackingError
 from train import score_last_and_best
@@ -71,9 +70,7 @@ def test_defaults_are_the_papers_with_the_released_network():
     for highest, levels in ((0.35, [0, 0.1, 0.2, 0.3]), (0.3, [0, 0.1, 0.2, 0.3])):
         quick = parse(Table, "--quick", "--flood-max", highest)
         assert (quick.trials, [b for _, b in quick.list_models("levels")]) == (2, levels)
-    flags = ("--dataset", "gaussian", "--hidden-layers", 5, "--no-batch-norm", "--val-samples", 50)
-    candidate = parse(Table, *flags)
-    assert candidate.model == Model(hidden_layers=5, batch_norm=False)
+    candidate = parse(Table, "--dataset", "gaussian", "--val-samples", 50)
     assert {(x.train_samples, x.val_samples) for x in candidate.list_settings()} == {(200, 50)}
 
 
@@ -225,21 +222,3 @@ def test_files_that_do_not_fit_are_refused(whole, folder, monkeypatch):
     (folder.path / TRIALS_FILE).write_text(text)
     assert "epochs is 12, and 13 is" in folder.refuse(SCRIPT, *SMALL, "--epochs", 13)
     assert (folder.path / TRIALS_FILE).read_text() == text and not folder.parents("flooding-table")
-
-
-def half_circles(samples, _spiral_noise, generator):
-    labels, angle = np.arange(samples) % 2, np.pi * generator.random(samples)
-    return np.stack([np.cos(angle), np.sin(angle)], axis=1) * (1 - 2 * labels[:, None]), labels
-
-
-def test_a_data_set_is_said_in_one_place(monkeypatch):
-    """One more entry is all that a new one needs, and no other's formula is used for it."""
-    monkeypatch.setitem(datasets.DATASETS, "moons", datasets.Source((40, 30, 200), half_circles))
-    small = {"hidden_layers": 1, "hidden_units": 8}, {"trials": 2, "flood_step": 0.5}
-    table = Table(
-        dataset=("moons",), label_noise=(0.1,), model=Model(**small[0]),
-        training=replace(TRAINING, epochs=2), **small[1],
-    ).filled()  # fmt: skip
-    result = compare(pd.concat(train_trial(table, trial)[1] for trial in table.list_trials()))
-    assert result.best_possible.isna().all()
-    assert markdown(result).count("| moons | 10% | unknown |") == 4
