@@ -136,7 +136,8 @@ def test_trials_are_the_demos_of_their_seeds(folder, monkeypatch):
     monkeypatch.setattr(plot, "draw_demo", lambda *of: drawn.append(of) or draw_demo(*of))
     monkeypatch.setattr(plot, "draw_moving_boundary", spied_moving)
     monkeypatch.setattr("tqdm.tqdm.update", lambda bar, n=1: True)  # as where a bar is seen
-    flags = ("--select-on", "noisy", "--flood-levels", 0.3, 0.7, "--eval-every", 2)
+    flags = ("--select-on", "noisy", "--flood-levels", 0.6, 5, "--eval-every", 2)
+    flags += ("--learning-rate", 0.1)  # so that the levels differ after three epochs
     output = folder.succeed(SCRIPT, *FLAGS, *flags, "--seed", 3, "--trials", 2, "--animate")
     saved = files(folder.path, "*.png")
     monkeypatch.setattr(plot, "png_files", lambda figures: {})  # to save time
@@ -148,9 +149,9 @@ def test_trials_are_the_demos_of_their_seeds(folder, monkeypatch):
     (outcome, boundary), (alone, _) = drawn
     ours = outcome.history[outcome.history.seed == 4].reset_index(drop=True)
     pd.testing.assert_frame_equal(ours, alone.history, check_exact=True)
-    assert sorted(set(ours.epoch)) == [0, 2, 3] and sorted(set(ours.flood_level)) == [0, 0.3, 0.7]
+    assert sorted(set(ours.epoch)) == [0, 2, 3] and sorted(set(ours.flood_level)) == [0, 0.6, 5]
     assert torch.equal(torch.tensor(boundary.inputs), trials[0][0])  # the first trial's
-    assert list(moving) == [2, 3]
+    assert list(moving) == [2, 3] and outcome.compared == 0.6  # neither first nor last
     assert (moving[3].probability == boundary.probability).all()
     history = outcome.history.set_index(["seed", "epoch", "flood_level"]).train_accuracy_noisy
     for epoch, then in moving.items():
@@ -167,7 +168,7 @@ def test_trials_are_the_demos_of_their_seeds(folder, monkeypatch):
     assert f"{100 * mean:.1f} ± {100 * deviation:.1f}" in output
     assert outcome.chosen == conclude(outcome.history, {"select_on": "noisy"}).chosen
     children = folder.children(parent)
-    names = [f"{name}, seed 3" for name in ("no flooding", "b = 0.3", "b = 0.7")]
+    names = [f"{name}, seed 3" for name in ("no flooding", "b = 0.6", "b = 5")]
     assert [run.info.run_name for run in children[:3]] == names
     assert [run.data.params["seed"] for run in children] == ["3"] * 3 + ["4"] * 3
     assert children[3].info.start_time >= children[0].info.end_time
