@@ -144,8 +144,8 @@ class ParentRun:
     """A run with children and files; those that are not finished when it is left are FAILED.
 
     It is open when its store has taken a file. With a `key` the parent that has it goes on, if
-    there is one. `view` ends the address of its children. Raises TrackingError for all that the
-    store refuses.
+    there is one. Its page has the charts of its children, in the order of the parameter `sort`.
+    Raises TrackingError for all that the store refuses.
     """
 
     experiment: str
@@ -153,7 +153,7 @@ class ParentRun:
     about: str  # Markdown that every run has, and the experiment with a link to the last children
 
     def __init__(
-        self, name: str, parameters: Mapping[str, object], tags: Mapping[str, str], view: str,
+        self, name: str, parameters: Mapping[str, object], tags: Mapping[str, str], sort: str,
         key: str = "",
     ) -> None:  # fmt: skip
         self._parameters, self._tags = parameters, {**resolve_tags(), NOTE: self.about, **tags}
@@ -171,11 +171,10 @@ class ParentRun:
             self._id = self._unfinished[0]
             self._add_files({self.settings_file: json.dumps(parameters, indent=1).encode()})
             opening.pop_all()
-        children = quote(
-            f"searchFilter=tags.`{PARENT}` = '{self._id}'&orderByAsc=true&{view}", "=&"
-        )
         runs = f"#/experiments/{self._experiment_id}/runs?workflowType=machine_learning"
-        self._page = f"{runs}&{children}"
+        children = f"&compareRunsMode=CHART&searchFilter=tags.`{PARENT}` = '{self._id}'"
+        # Sorted like this, the page does not fold children into their parent. It shows ten.
+        self._page = runs + quote(f"{children}&orderByKey=params.`{sort}`&orderByAsc=true", "=&")
 
     def __enter__(self) -> ParentRun:
         return self
@@ -237,11 +236,11 @@ class ParentRun:
             for path in write_files(files, Path(folder)):
                 self._client.log_artifact(self._id, str(path))
 
-    def _conclude(self, summary, metrics, files):
+    def _conclude(self, result, metrics, files):
         """Write what it has come to, which ends it."""
         with self._asking():
             self._add_files(files)
-            self._client.set_tag(self._id, NOTE, f"```\n{summary}\n```\n\n{self.about}")
+            self._client.set_tag(self._id, NOTE, f"{result}\n\n{self.about}")
             curves = {name: {0: value} for name, value in metrics.items()}
             self._finish(self._id, curves, time.time())
 
@@ -263,9 +262,8 @@ class DemoLog(ParentRun):
     def __init__(self, parameters: Mapping[str, object], device: torch.device) -> None:
         several = parameters["trials"] > 1
         name = f"{parameters['dataset']}, {parameters['trials']} trial{'s' if several else ''}"
-        # Sorted like this, the page does not fold children into their parent. It shows ten.
-        view = f"orderByKey=params.`{'seed' if several else 'flood_level'}`&compareRunsMode=CHART"
-        super().__init__(name, parameters, provenance(device), view)
+        sort = "seed" if several else "flood_level"
+        super().__init__(name, parameters, provenance(device), sort)
 
     def trial(self, seed: int, times: tuple[float, float], history: pd.DataFrame) -> None:
         """Log a trial that is over, from one time to another in s since 1970."""
@@ -297,7 +295,7 @@ class DemoLog(ParentRun):
         if boundary:
             np.savez_compressed(content := io.BytesIO(), **vars(boundary))
             files[BOUNDARY_FILE] = content.getvalue()
-        self._conclude(outcome.summary, metrics, files)
+        self._conclude(f"```\n{outcome.summary}\n```", metrics, files)
 
     def pictures(self, files: Mapping[str, bytes]) -> None:
         """Keep the pictures."""
@@ -312,7 +310,7 @@ class TableLog(ParentRun):
 
     def __init__(self, parameters: Mapping[str, object]) -> None:
         key = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:16]
-        super().__init__("table", parameters, {}, "orderByKey=params.`seed`", key)
+        super().__init__("table", parameters, {}, "seed", key)
         self.commit = self._tags.get("mlflow.source.git.commit", "")
 
     def trial(
