@@ -235,7 +235,7 @@ class TrialsError(Exception):
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """Read a table back, every bit of its floats, which pandas' own reading may round."""
+    """Read a table back, every bit of its floats, which pandas below 3 may round."""
     frame = pd.read_csv(path, dtype=dict.fromkeys(ORIGIN, str))
     floats = frame.select_dtypes("float").columns
     frame[floats] = pd.read_csv(path, usecols=floats, dtype=str).astype(float)
@@ -243,28 +243,27 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 
 def read_trials(
-    paths: Sequence[Path], shared: Mapping[str, object], models: Collection[tuple[int, float]]
+    path: Path, shared: Mapping[str, object], models: Collection[tuple[int, float]]
 ) -> pd.DataFrame:
-    """Read a table's raw figures: all trials of all files, each once.
+    """Read a table's raw figures, each trial once; none where the file is not there.
 
     `shared` is what all must have been trained with, `models` the (start, flood level) of each, a
     row a scored epoch. Raises TrialsError for a file that cannot be read, is cut short or was
     trained with something else, and for a trial with other models, or twice there, different.
     """
-    files = [pd.DataFrame(columns=COLUMNS)]
-    for path in paths:
-        try:
-            trials = read_csv(path)[COLUMNS].fillna({"commit": ""})
-            trials = trials.astype(dict.fromkeys(FIGURES[1:], float))
-        except (OSError, ValueError, KeyError) as error:  # pandas' own errors are ValueErrors
-            raise TrialsError(f"{path}: cannot be read as raw figures ({error})") from error
-        if trials.empty or trials.isna().any(axis=None):
-            raise TrialsError(f"{path}: is cut short, figures are missing")
-        for name, value in shared.items():
-            if len(other := trials[name][trials[name] != value]):
-                raise TrialsError(f"{path}: {name} is {other.iloc[0]}, and {value} is asked for")
-        files.append(trials)
-    trials = add_trials(*files).drop_duplicates([name for name in COLUMNS if name not in ORIGIN])
+    if not path.exists():
+        return pd.DataFrame(columns=COLUMNS)
+    try:
+        trials = read_csv(path)[COLUMNS].fillna({"commit": ""})
+        trials = trials.astype(dict.fromkeys(FIGURES[1:], float))
+    except (OSError, ValueError, KeyError) as error:  # pandas' own errors are ValueErrors
+        raise TrialsError(f"{path}: cannot be read as raw figures ({error})") from error
+    if trials.empty or trials.isna().any(axis=None):
+        raise TrialsError(f"{path}: is cut short, figures are missing")
+    for name, value in shared.items():
+        if len(other := trials[name][trials[name] != value]):
+            raise TrialsError(f"{path}: {name} is {other.iloc[0]}, and {value} is asked for")
+    trials = trials.drop_duplicates([name for name in COLUMNS if name not in ORIGIN])
     wanted = sorted((epoch, *model) for epoch in SCORED_EPOCHS for model in models)
     for values, rows in trials.groupby(TRIAL):
         if sorted(rows[MODEL].itertuples(index=False, name=None)) != wanted:
@@ -272,14 +271,14 @@ def read_trials(
             reason = "is cut short, or twice there, different"
             if {*rows[MODEL[1:]].itertuples(index=False, name=None)} - {*models}:
                 reason = "has other flood levels or starts than asked for: take another output_dir"
-            raise TrialsError(f"{' '.join(map(str, paths))}: {trial}: {reason}")
+            raise TrialsError(f"{path}: {trial}: {reason}")
     return trials
 
 
-def add_trials(*trials: pd.DataFrame) -> pd.DataFrame:
-    """Put raw figures together, in the order of seed, data set, spiral noise and label noise."""
+def add_trial(trials: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Add a trial's raw figures, in the order of seed, data set, spiral noise and label noise."""
     order = ["seed", "dataset", "spiral_noise", "label_noise", *DATA[3:]]
-    together = pd.concat([some[COLUMNS] for some in trials if len(some)] or trials[:1])
+    together = pd.concat([trials, rows[COLUMNS]]) if len(trials) else rows[COLUMNS]
     return together.sort_values(order, kind="stable", ignore_index=True)
 
 

@@ -21,7 +21,6 @@ from datasets import Data, DatasetName, SplitSize
 from settings import Model, SettingError, Training, check, ending_on, flag, flat, going_on, tell
 
 FILES = {"levels": "table_synth_trials.csv", "starts": "table_synth_starts.csv"}  # by search
-CORES_A_TRIAL = 4  # with Ray, at most: what more cores add to a training of this size is little
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,6 @@ class Table:
     """show the shape of the result sooner: fewer trials and flood levels"""
     search: Literal["levels", "starts"] = "levels"
     """train a network at each flood level, or as many without flooding, each from other weights"""
-    trials_from: Annotated[tuple[Path, ...], flag("FILE [FILE ...]", "(default: none)")] = ()
-    """raw figures of trials that are trained already, to be added to those of the folder"""
     ray: Annotated[str | None, flag("local|ADDRESS", "(default: one after the other)")] = None
     """train trials side by side, with Ray on this machine or on the cluster at this address"""
     seed: settings.Seed = 0
@@ -162,9 +159,14 @@ def main(table: Table) -> None:
         except Timeout as error:
             allowed = "another table is made there"
             raise SettingError("output_dir", table.output_dir, allowed) from error
-        trained = {search: read_trained(table, search) for search in FILES}
+        trained = {
+            search: results.read_trials(
+                table.output_dir / name, table.shared(), table.list_models(search)
+            )
+            for search, name in FILES.items()
+        }
         parameters = {**flat(table), **table.shared()}
-        for how in ("trials", "seed", "quick", "trials_from", "ray", "device"):
+        for how in ("trials", "seed", "quick", "ray", "device"):
             del parameters[how]  # it is the same table, however and however far it is trained
         log = TableLog({**parameters, "output_dir": str(table.output_dir.absolute())})
     with log:
@@ -172,13 +174,6 @@ def main(table: Table) -> None:
         finish(table, trained, log, failures)
     tell(failures, log.how_to_look())
     settings.end_with(failures)
-
-
-def read_trained(table: Table, search: str) -> pd.DataFrame:
-    """Return the raw figures of a search that the folder has, and those of `--trials-from`."""
-    paths = list(table.output_dir.glob(FILES[search]))  # if it is there
-    paths += table.trials_from if search == table.search else ()
-    return results.read_trials(paths, table.shared(), table.list_models(search))
 
 
 def train_missing(
@@ -196,7 +191,7 @@ def train_missing(
         settings.progress_bar(len(missing), "trial", digits=1) as bar,
     ):
         for trial, rows, times in train_trials(table, missing, bar):
-            trained = results.add_trials(trained, rows.assign(commit=log.commit))
+            trained = results.add_trial(trained, rows.assign(commit=log.commit))
             results.write_files({FILES[table.search]: csv_bytes(trained)}, table.output_dir)
             with going_on(failures, TrackingError):
                 metrics = results.summarize_trial(rows)
@@ -234,10 +229,9 @@ def train_trials(table: Table, trials: Sequence[Trial], bar: tqdm) -> Iterator[T
         return
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = int(table.device != "cpu" and any("GPU" in node for node in nodes))
-    cores = min([CORES_A_TRIAL, *(node["CPU"] for node in nodes if "CPU" in node)])
-    remote = ray.remote(train_trial).options(num_cpus=cores, num_gpus=gpus)
+    gpus = int(table.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
+    # Two trials of one thread each are trained faster than one after the other with two threads.
+    remote = ray.remote(train_trial).options(num_cpus=1, num_gpus=gpus)
     waiting = [remote.remote(table, trial) for trial in trials]
     while waiting:
         [done], waiting = ray.wait(waiting)

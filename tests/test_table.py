@@ -182,14 +182,14 @@ def test_other_trials_are_added_and_none_is_lost(whole, folder):
     assert len(lines) == len(before) + 4 * 2 * 3
 
 
-def test_trials_from_files(whole, folder):
-    """Those of two machines that share a trial; the rest is trained."""
+def test_a_file_may_have_the_trials_of_other_files(whole, folder):
+    """Those of two machines that share a trial, one after the other; the rest is trained."""
     raw = read_csv(whole.path / TRIALS_FILE)
-    raw[raw.seed < 7].to_csv(folder.path / "one.csv", index=False)
     other = raw[raw.seed == 6].assign(torch="another", commit="0123456")
     unasked = raw[raw.seed == 7].assign(seed=99, commit="0123456")
-    pd.concat([other, unasked]).to_csv(folder.path / "other.csv", index=False)
-    output = folder.succeed(SCRIPT, *SMALL, "--trials-from", "one.csv", "other.csv")
+    both = pd.concat([unasked, raw[raw.seed < 7], other])
+    both.to_csv(folder.path / TRIALS_FILE, index=False)
+    output = folder.succeed(SCRIPT, *SMALL)
     assert "6 trials of 3 levels, 4 trained before" in output
     together, figures = read_csv(folder.path / TRIALS_FILE), COLUMNS[: -len(ORIGIN)]
     assert together[together.seed != 99][figures].equals(raw[figures])
@@ -204,7 +204,7 @@ def test_files_that_do_not_fit_are_refused(whole, folder, monkeypatch):
     for spoiled, said in (
         (raw.drop(columns="val_loss_noisy"), "cannot be read as raw figures"),
         (raw.replace({"test_loss_noisy": {raw.test_loss_noisy[0]: "x"}}), "cannot be read as"),
-        (None, "cannot be read as raw figures"),
+        (text + text, "cannot be read as raw figures"),  # with its titles once more
         (text[:-150], "is cut short, figures are missing"),
         (raw.iloc[:0], "is cut short, figures are missing"),
         (raw.assign(version=1), "version is 1, and 2 is asked for"),
@@ -213,12 +213,10 @@ def test_files_that_do_not_fit_are_refused(whole, folder, monkeypatch):
         (raw.replace({"flood_level": {0.3: 0.31}}), "has other flood levels"),
         (pd.concat([raw, raw.assign(test_loss_noisy=9.0)]), cut),
     ):
-        name = "nothing.csv" if spoiled is None else "spoiled.csv"
-        if spoiled is not None:
-            spoiled = spoiled if isinstance(spoiled, str) else spoiled.to_csv(index=False)
-            (folder.path / name).write_text(spoiled)
-        line = folder.refuse(SCRIPT, *SMALL, "--trials-from", name)
-        assert line.startswith(f"{name}: ") and said in line
+        spoiled = spoiled if isinstance(spoiled, str) else spoiled.to_csv(index=False)
+        (folder.path / TRIALS_FILE).write_text(spoiled)
+        line = folder.refuse(SCRIPT, *SMALL)
+        assert line.startswith(f"{TRIALS_FILE}: ") and said in line
     (folder.path / TRIALS_FILE).write_text(text)
     assert "epochs is 12, and 13 is" in folder.refuse(SCRIPT, *SMALL, "--epochs", 13)
     assert (folder.path / TRIALS_FILE).read_text() == text and not folder.parents("flooding-table")
