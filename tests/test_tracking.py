@@ -203,6 +203,7 @@ def test_a_table_goes_on_in_its_parent_though_it_was_deleted(folder, monkeypatch
     folder.client.delete_experiment(parent.info.experiment_id)  # then it is restored
     with TableLog(dict(reversed(given.items()))) as log:
         add(log, 0)
+        assert statuses(folder.parents("flooding-table")) == ["RUNNING"]
         log.finish("the table", {"table.csv": b"figures"})
     assert '--backend-store-uri "$MLFLOW_TRACKING_URI"\n' in log.how_to_look()
     with TableLog(other):
