@@ -263,7 +263,7 @@ def read_trials(
     for name, value in shared.items():
         if len(other := trials[name][trials[name] != value]):
             raise TrialsError(f"{path}: {name} is {other.iloc[0]}, and {value} is asked for")
-    trials = trials.drop_duplicates([name for name in COLUMNS if name not in ORIGIN])
+    trials = add_trials(trials.drop_duplicates([name for name in COLUMNS if name not in ORIGIN]))
     wanted = sorted((epoch, *model) for epoch in SCORED_EPOCHS for model in models)
     for values, rows in trials.groupby(TRIAL):
         if sorted(rows[MODEL].itertuples(index=False, name=None)) != wanted:
@@ -275,10 +275,10 @@ def read_trials(
     return trials
 
 
-def add_trial(trials: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Add a trial's raw figures, in the order of seed, data set, spiral noise and label noise."""
+def add_trials(*trials: pd.DataFrame) -> pd.DataFrame:
+    """Put raw figures together, in the order of seed, data set, spiral noise and label noise."""
     order = ["seed", "dataset", "spiral_noise", "label_noise", *DATA[3:]]
-    together = pd.concat([trials, rows[COLUMNS]]) if len(trials) else rows[COLUMNS]
+    together = pd.concat([some[COLUMNS] for some in trials if len(some)] or trials[:1])
     return together.sort_values(order, kind="stable", ignore_index=True)
 
 

@@ -191,7 +191,7 @@ def train_missing(
         settings.progress_bar(len(missing), "trial", digits=1) as bar,
     ):
         for trial, rows, times in train_trials(table, missing, bar):
-            trained = results.add_trial(trained, rows.assign(commit=log.commit))
+            trained = results.add_trials(trained, rows.assign(commit=log.commit))
             results.write_files({FILES[table.search]: csv_bytes(trained)}, table.output_dir)
             with going_on(failures, TrackingError):
                 metrics = results.summarize_trial(rows)

@@ -195,6 +195,10 @@ def test_a_file_may_have_the_trials_of_other_files(whole, folder):
     assert together[together.seed != 99][figures].equals(raw[figures])
     assert set(together[together.seed == 99].commit) == {"0123456"}
     assert_same_files(folder, whole)
+    rows = raw.sort_values("seed", ascending=False, kind="stable")  # in any order
+    rows.to_csv(folder.path / TRIALS_FILE, index=False)
+    assert "6 trained before" in folder.succeed(SCRIPT, *SMALL)
+    assert_same_files(folder, whole, [TRIALS_FILE, *PRINTED])
 
 
 def test_files_that_do_not_fit_are_refused(whole, folder, monkeypatch):
