@@ -1,17 +1,18 @@
 """Draw what flooding does: a demo's curves and boundaries, the paper's table.
 
-`python plot.py --run-id ID` draws a demo's pictures again, but the moving one, from MLflow.
+`python plot.py` draws a demo's pictures again, but the moving one, from the files that it saved.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 # A notebook's own backend, where that is not installed, would forbid to import matplotlib.
 os.environ["MPLBACKEND"] = "agg"
@@ -25,12 +26,11 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
+import results
 import settings
 from datasets import DATASETS
-from results import Outcome, paired_gain, write_files
-
-if TYPE_CHECKING:
-    from train import Boundary
+from results import Outcome
+from train import Boundary
 
 WITHOUT_COLOR, WITH_COLOR = "#D55E00", "#0072B2"  # of the Okabe-Ito colour-blind-safe palette
 GRAY = "#555555"
@@ -288,7 +288,8 @@ def _draw_gains(axes: Axes, scored: pd.DataFrame, row: pd.Series, name: str, col
     """Draw what flooding gains in one setting at one scored epoch, and what other starts do."""
     accuracy = scored.set_index(["seed", "flood_level"]).test_accuracy_noisy.unstack()
     gains = 100 * accuracy.sub(accuracy[0.0], axis=0)
-    mean, low, high, _ = np.array([[*paired_gain("", gains[level]).values()] for level in gains]).T
+    figures = [[*results.paired_gain("", gains[level]).values()] for level in gains]
+    mean, low, high, _ = np.array(figures).T
     axes.plot(gains.columns, mean, color=color, label=f"{name}: one b in all trials")
     axes.fill_between(gains.columns, low, high, color=color, alpha=0.18, linewidth=0)
     mean, low, high = 100 * row[["gain_mean", "gain_low", "gain_high"]].astype(float)
@@ -318,20 +319,23 @@ def _scale(row: Sequence[Axes]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PlotSettings:
-    """Which demo to draw again, and where to."""
+    """Which demo to draw again."""
 
-    run_id: Annotated[str, settings.flag("ID")]
-    """a run of the demo in MLflow: the Run ID on its page"""
-    output_dir: settings.OutputDir = Path(".")
+    output_dir: Annotated[Path, settings.flag("DIR")] = Path(".")
+    """folder with the files of a demo, where the pictures are saved, too"""
 
 
 def main(flags: PlotSettings) -> None:
-    from tracking import TrackingError, load_demo
-
-    with settings.ending_on(settings.SettingError, TrackingError, OSError, status=2):
-        settings.check_output_dir(flags.output_dir)
-        pictures = png_files(draw_demo(*load_demo(flags.run_id)))
-        print("Pictures:", *write_files(pictures, flags.output_dir), flush=True)
+    folder, boundary = flags.output_dir, None
+    with settings.ending_on(OSError, ValueError, status=2):
+        parameters = json.loads((folder / results.SETTINGS_FILE).read_text())
+        outcome = results.conclude(results.read_csv(folder / results.HISTORY_FILE), parameters)
+        file = folder / results.BOUNDARY_FILE  # may be left by another demo
+        if file.exists() and DATASETS[parameters["dataset"]].boundary:
+            with np.load(file) as arrays:
+                boundary = Boundary(**arrays)
+        pictures = png_files(draw_demo(outcome, boundary))
+        print("Pictures:", *results.write_files(pictures, folder), flush=True)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ FIGURES = ["epoch", *(f"{split}_{score}" for split in SPLITS[1:] for score in SC
 ORIGIN = ["commit", "torch", "device"]  # where a trial was trained
 COLUMNS = [*TRIAL, *SHARED, *MODEL, *FIGURES, *ORIGIN]
 SIGNIFICANCE = 0.05  # of the adjusted p-value that sets a gain in bold
+SETTINGS_FILE, HISTORY_FILE, BOUNDARY_FILE = "demo.json", "history.csv", "boundary.npz"  # a demo's
 LEAST_TRIALS = 10  # with fewer a gain has its interval, and no p-value
 
 

@@ -7,6 +7,8 @@ flipped, an MLP without flooding and with three flood levels. It saves `synth_lo
 
 from __future__ import annotations
 
+import io
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,15 +76,17 @@ if __name__ == "__main__":  # before the heavy imports: --help and Ctrl-C are an
     settings.exit_on_signals()
     DEMO = settings.parse_flags(Demo, __doc__)
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
 import plot
+import results
 from datasets import Dataset, Split, make_dataset
 from models import MLP
 from results import Outcome, conclude, write_files
-from tracking import DemoLog, TrackingError, result_files
+from tracking import DemoLog, TrackingError
 from train import Boundary, DivergenceError, count_epochs, find_boundary, prepare_process, train
 
 
@@ -100,15 +104,16 @@ def main(demo: Demo) -> None:
         history, data, networks = train_trials(demo, device, log, failures)
         outcome = conclude(history, parameters)
         tell(failures, f"\n{outcome.summary}\n")
-        with going_on(failures, OSError):
-            tell(failures, "Result:", *write_files(result_files(outcome), demo.output_dir))
         shown = dict.fromkeys([0.0, outcome.compared])
         compared = {epoch: [by[level] for level in shown] for epoch, by in networks.items()}
         boundary = None
         if data.train.inputs.shape[1] == 2:
             boundary = find_boundary(compared[demo.training.epochs], data.train)
+        files = demo_files(outcome, boundary)
+        with going_on(failures, OSError):
+            tell(failures, "Result:", *write_files(files, demo.output_dir))
         with going_on(failures, TrackingError):
-            log.finish(outcome, boundary)
+            log.finish(outcome, files)
         with going_on(failures, Exception):  # whatever drawing may raise
             for pictures in draw(demo, outcome, boundary, compared, data.train):
                 with going_on(failures, TrackingError):
@@ -163,6 +168,16 @@ def train_trial(
                 for copy, level in enumerate(now.metrics.flood_level):
                     networks[now.epoch][level] = now.network.select([copy])
     return pd.concat(history, ignore_index=True), networks
+
+
+def demo_files(outcome: Outcome, boundary: Boundary | None) -> dict[str, bytes]:
+    """Return what a demo's pictures are drawn from, every bit of it."""
+    files = {results.SETTINGS_FILE: json.dumps(outcome.parameters, indent=1).encode()}
+    files[results.HISTORY_FILE] = results.csv_bytes(outcome.history)
+    if boundary:
+        np.savez_compressed(content := io.BytesIO(), **vars(boundary))
+        files[results.BOUNDARY_FILE] = content.getvalue()
+    return files
 
 
 def draw(

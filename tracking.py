@@ -1,4 +1,4 @@
-"""What MLflow keeps of the experiments, and how a demo is read back.
+"""What MLflow keeps of the experiments.
 
 A demo is a run that has its result, with a child for each flood level of each trial; a table is a
 run that has its files, with a child for each trained trial. Children are written when their trial
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import itertools
 import json
 import logging
@@ -37,7 +36,6 @@ try:
 except RuntimeError:  # neither HOME nor an entry for the user: then MLflow cannot be imported
     os.environ["HOME"] = tempfile.gettempdir()
 import mlflow
-import numpy as np
 import pandas as pd
 import sqlalchemy
 import torch
@@ -45,15 +43,14 @@ from filelock import FileLock
 from mlflow.entities import Metric, Param
 from mlflow.tracking.context.registry import resolve_tags
 
-from results import Outcome, conclude, csv_bytes, read_csv, write_files
+from results import SETTINGS_FILE, Outcome, write_files
 from settings import SPLITS, going_on
-from train import Boundary, provenance
+from train import provenance
 
 logging.getLogger("urllib3").setLevel(logging.ERROR)  # which tells of every retry
 
 PATIENCE_SECONDS = 15  # a store that has failed for longer, in all, is not asked again
 MAX_POINTS = 1000  # of metrics in one call, MLflow's limit
-SETTINGS_FILE, HISTORY_FILE, BOUNDARY_FILE = "demo.json", "history.csv", "boundary.npz"
 NOTE, PARENT = "mlflow.note.content", "mlflow.parentRunId"
 COLORS = ["#d55e00", "#6baed6", "#2171b5", "#08306b"]  # without flooding, then level by level
 
@@ -87,11 +84,6 @@ def tracking_uri() -> str:
     return f"sqlite:///{Path(path).absolute()}" if path and ":" not in path else uri
 
 
-def sqlite_file() -> Path:
-    """Return where the store is if it is a SQLite file, else no absolute path."""
-    return Path(tracking_uri().partition("sqlite:///")[2].partition("?")[0])
-
-
 def shown_uri() -> str:
     """Return the address, or its variable where that may have a password or a token in it."""
     secret = set("@?") & set(os.environ.get("MLFLOW_TRACKING_URI", ""))
@@ -110,21 +102,18 @@ def explain(error: BaseException) -> str:
     return f"{shown_uri()}: {(str(said).splitlines() or [type(said).__name__])[0]}"
 
 
-def open_store() -> mlflow.MlflowClient:
-    """Open the store; a database once before MLflow does, which asks a broken one for 100 s."""
-    with contextlib.suppress(sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError):
-        sqlalchemy.inspect(sqlalchemy.create_engine(tracking_uri()))
-    mlflow.set_tracking_uri(tracking_uri())
-    return mlflow.MlflowClient()
-
-
 def open_experiment(name: str) -> tuple[mlflow.MlflowClient, str]:
     """Open the store and an experiment, made or restored if need be; return client and id."""
+    uri = tracking_uri()
+    file = Path(uri.partition("sqlite:///")[2].partition("?")[0])
     with contextlib.ExitStack() as locked:
-        if (file := sqlite_file()).is_absolute():  # two that set it up at once break it
+        if file.is_absolute():  # a SQLite file; two that set it up at once break it
             file.parent.mkdir(parents=True, exist_ok=True)
             locked.enter_context(FileLock(f"{file}.lock"))
-        client = open_store()
+        with contextlib.suppress(sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError):
+            sqlalchemy.inspect(sqlalchemy.create_engine(uri))  # MLflow asks a broken one for 100 s
+        mlflow.set_tracking_uri(uri)
+        client = mlflow.MlflowClient()
         found = client.get_experiment_by_name(name)
         if found and found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)
@@ -283,18 +272,14 @@ class DemoLog(ParentRun):
         if failures:
             raise failures[0]
 
-    def finish(self, outcome: Outcome, boundary: Boundary | None) -> None:
-        """Keep the result: clean test scores, and what the pictures are drawn from."""
+    def finish(self, outcome: Outcome, files: Mapping[str, bytes]) -> None:
+        """Keep the result: clean test scores, and the files that pictures are drawn from."""
         last = outcome.history[outcome.history.epoch == outcome.history.epoch.max()]
         metrics = {"chosen_b": outcome.chosen, "with/b": outcome.compared}
         for side, level in {"without": 0.0, "with": outcome.compared}.items():
             for score in ("accuracy", "loss"):
                 scores = last[last.flood_level == level][f"test_{score}_clean"]
                 metrics |= {f"{side}/{score}": scores.mean(), f"{side}/sd_{score}": scores.std()}
-        files = result_files(outcome)
-        if boundary:
-            np.savez_compressed(content := io.BytesIO(), **vars(boundary))
-            files[BOUNDARY_FILE] = content.getvalue()
         self._conclude(f"```\n{outcome.summary}\n```", metrics, files)
 
     def pictures(self, files: Mapping[str, bytes]) -> None:
@@ -325,36 +310,3 @@ class TableLog(ParentRun):
     def finish(self, summary: str, files: Mapping[str, bytes]) -> None:
         """Keep the finished table."""
         self._conclude(summary, {}, files)
-
-
-def result_files(outcome: Outcome) -> dict[str, bytes]:
-    """Return what a demo's outcome can be had from again, every bit of it."""
-    parameters = json.dumps(outcome.parameters, indent=1).encode()
-    return {SETTINGS_FILE: parameters, HISTORY_FILE: csv_bytes(outcome.history)}
-
-
-def load_demo(run_id: str) -> tuple[Outcome, Boundary | None]:
-    """Read back a demo's outcome, and what its boundary is drawn from.
-
-    The run may be the demo's or one of its children. Raises TrackingError if there is no such run,
-    or its files are not there.
-    """
-    try:
-        if (file := sqlite_file()).is_absolute() and not file.exists():  # MLflow would make it
-            raise FileNotFoundError(f"there is no {file}")
-        client, boundary = open_store(), None
-        run = client.get_run(run_id)
-        run = client.get_run(run.data.tags.get(PARENT, run_id)).info
-        names = [file.path for file in client.list_artifacts(run.run_id)]
-        if HISTORY_FILE not in names:
-            raise FileNotFoundError(f"there is no {HISTORY_FILE} in {run.artifact_uri}")
-        with tempfile.TemporaryDirectory() as folder:
-            files = Path(client.download_artifacts(run.run_id, "", folder))
-            parameters = json.loads((files / SETTINGS_FILE).read_text())
-            outcome = conclude(read_csv(files / HISTORY_FILE), parameters)
-            if BOUNDARY_FILE in names:
-                with np.load(files / BOUNDARY_FILE) as arrays:
-                    boundary = Boundary(**arrays)
-    except Exception as error:  # of whatever the store is made of
-        raise TrackingError(f"--run-id {run_id}: {explain(error)}") from error
-    return outcome, boundary

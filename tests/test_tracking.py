@@ -120,7 +120,6 @@ def test_ctrl_c_while_a_store_is_silent_ends_at_once(empty_folder):
     assert result.status == 130 and result.errors == "\nstopped by SIGINT\n"
 
 
-@pytest.mark.parametrize("script", [SCRIPT, "plot.py"])
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
@@ -136,12 +135,10 @@ def test_ctrl_c_while_a_store_is_silent_ends_at_once(empty_folder):
         ("./mlruns", "./mlruns: "),  # file stores are history
     ],
 )
-def test_a_store_that_is_not_there(empty_folder, hasty, script, uri, said):
+def test_a_store_that_is_not_there(empty_folder, hasty, uri, said):
     """One line, before training, without a password; nothing is left behind."""
     empty_folder.uri = uri
-    flags = ("--run-id", "some") if script == "plot.py" else FLAGS
-    line = empty_folder.refuse(script, *flags)
-    line = line.removeprefix("--run-id some: ") if script == "plot.py" else line
+    line = empty_folder.refuse(SCRIPT, *FLAGS)
     assert line.startswith(said) and len(line) > len(said) - 2
     assert not any(secret in line for secret in SECRETS)
     assert not list(empty_folder.path.iterdir())
