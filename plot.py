@@ -325,17 +325,25 @@ class PlotSettings:
     """folder with the files of a demo, where the pictures are saved, too"""
 
 
-def main(flags: PlotSettings) -> None:
-    folder, boundary = flags.output_dir, None
-    with settings.ending_on(OSError, ValueError, status=2):
+def read_demo(folder: Path) -> tuple[Outcome, Boundary | None]:
+    """Read what a demo saved; SettingError where it is not there or spoiled."""
+    try:
         parameters = json.loads((folder / results.SETTINGS_FILE).read_text())
         outcome = results.conclude(results.read_csv(folder / results.HISTORY_FILE), parameters)
         file = folder / results.BOUNDARY_FILE  # may be left by another demo
-        if file.exists() and DATASETS[parameters["dataset"]].boundary:
-            with np.load(file) as arrays:
-                boundary = Boundary(**arrays)
-        pictures = png_files(draw_demo(outcome, boundary))
-        print("Pictures:", *results.write_files(pictures, folder), flush=True)
+        if not file.exists() or not DATASETS[parameters["dataset"]].boundary:
+            return outcome, None
+        with np.load(file) as arrays:
+            return outcome, Boundary(**arrays)
+    except (OSError, ValueError) as error:
+        allowed = f"a folder with the files of a demo ({error})"
+        raise settings.SettingError("output_dir", folder, allowed) from error
+
+
+def main(flags: PlotSettings) -> None:
+    with settings.ending_on(settings.SettingError, OSError, status=2):
+        pictures = png_files(draw_demo(*read_demo(flags.output_dir)))
+        print("Pictures:", *results.write_files(pictures, flags.output_dir), flush=True)
 
 
 if __name__ == "__main__":
