@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Annotated, Literal
 
 import numpy as np
@@ -101,7 +102,7 @@ def _spiral(samples: int, spiral_noise: float, generator: Generator) -> Drawn:
 
 
 def _spiral_boundary(inputs: np.ndarray) -> np.ndarray:
-    """The line midway between the arms, on which alone labels are defined.
+    """The line midway between the arms; labels are defined on the arms alone.
 
     At angle t the positive arm has the radii t + 2 pi k, the negative one those plus pi.
     """
@@ -110,7 +111,7 @@ def _spiral_boundary(inputs: np.ndarray) -> np.ndarray:
 
 
 GAUSSIAN_DISTANCE = GAUSSIAN_SHIFT * math.sqrt(GAUSSIAN_DIMENSIONS)  # of the means
-GAUSSIAN_BEST = 0.5 * (1 + math.erf(GAUSSIAN_DISTANCE / 2 / math.sqrt(2)))  # Phi(distance / 2)
+GAUSSIAN_BEST = NormalDist().cdf(GAUSSIAN_DISTANCE / 2)
 # The released code counts `gaussian` and `spiral` per class: 100, 100 and 10 000. With noise the
 # arms of the spiral overlap.
 DATASETS = {
@@ -133,7 +134,7 @@ class Data:
     dataset: DatasetName
     """data set"""
     label_noise: Annotated[float, flag("FRACTION")]
-    """fraction of the labels of each split that is flipped, in [0, 1)"""
+    """fraction of labels that is flipped: int(FRACTION * n) of the n labels of each split"""
     spiral_noise: Annotated[float, flag("TAU")] = 0.0
     """standard deviation of the points around the arms of the spiral (the paper's tau)"""
     train_samples: SplitSize = None
@@ -148,6 +149,7 @@ class Data:
         check(name in DATASETS, "dataset", repr(name), f"one of {', '.join(DATASETS)}")
         check(0 <= noise < 1, "label_noise", noise, "a fraction in [0, 1)")
         check(0 <= tau < math.inf, "spiral_noise", tau, "a finite number >= 0")
+        check(tau == 0 or name == "spiral", "spiral_noise", tau, "only with the spiral")
         check_counts(self, *SIZES)
 
     def filled(self) -> Data:
@@ -162,25 +164,20 @@ class Data:
 def make_dataset(data: Data, seed: int) -> Dataset:
     """Draw the three splits, each from a child stream of its own made from the seed.
 
-    Inputs and flipped labels have streams of their own too, so neither the size of one split nor
-    the label noise changes anything else. [released code for formulas and sizes, not for streams]
+    Of a split's n labels exactly int(label_noise * n) are flipped. [released code] Inputs and
+    flipped labels have streams of their own too, so neither the size of one split nor the label
+    noise changes anything else. [released code for formulas and sizes, not for streams]
     """
     data, draw, splits = data.filled(), DATASETS[data.dataset].draw, []
     for size, stream in zip(SIZES, np.random.SeedSequence(seed).spawn(len(SIZES))):
         inputs_stream, noise_stream = map(np.random.default_rng, stream.spawn(2))
         inputs, labels = draw(getattr(data, size), data.spiral_noise, inputs_stream)
         clean_labels = labels.astype(np.int64)
-        noisy_labels = flip_labels(clean_labels, data.label_noise, noise_stream)
+        noisy_labels = clean_labels.copy()
+        flipped = noise_stream.permutation(len(labels))[: int(data.label_noise * len(labels))]
+        noisy_labels[flipped] ^= 1
         splits.append(Split(inputs.astype(np.float32), noisy_labels, clean_labels))
     return Dataset(*splits)
-
-
-def flip_labels(labels: np.ndarray, label_noise: float, generator: Generator) -> np.ndarray:
-    """Return a copy with exactly int(label_noise * n) labels flipped. [released code]"""
-    flipped = generator.permutation(len(labels))[: int(label_noise * len(labels))]
-    noisy = labels.copy()
-    noisy[flipped] = 1 - noisy[flipped]
-    return noisy
 
 
 def best_possible_accuracy(data: Data, label_noise: float) -> float:

@@ -1,6 +1,6 @@
-"""Draw what flooding does: a demo's curves and boundaries, the paper's table.
+"""Draw a demo's pictures again, but the moving one, from the files that it saved.
 
-`python plot.py` draws a demo's pictures again, but the moving one, from the files that it saved.
+As a module it draws what flooding does: a demo's curves and boundaries, and the paper's table.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ os.environ["MPLBACKEND"] = "agg"
 import matplotlib
 import numpy as np
 import pandas as pd
+import scipy
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure, SubFigure
@@ -65,14 +66,11 @@ def draw_demo(outcome: Outcome, boundary: Boundary | None) -> dict[str, Figure]:
 
 
 @in_style
-def png_files(figures: Mapping[str, Figure], dpi: int = 150) -> dict[str, bytes]:
-    """Return what is to be written of pictures, by their file names."""
-    files = {}
-    for name, figure in figures.items():
-        figure.draw_without_rendering()  # titles within titles are laid out in two passes
-        figure.savefig(content := io.BytesIO(), format="png", dpi=dpi)
-        files[name] = content.getvalue()
-    return files
+def png(figure: Figure, dpi: int = 150) -> bytes:
+    """Return what is to be written of a picture."""
+    figure.draw_without_rendering()  # titles within titles are laid out in two passes
+    figure.savefig(content := io.BytesIO(), format="png", dpi=dpi)
+    return content.getvalue()
 
 
 def describe(parameters: Mapping[str, object]) -> str:
@@ -171,14 +169,9 @@ def _explain_modes(outcome: Outcome) -> str:
 def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
     """Write each curve's name and end value to the right of it, pushed apart where they meet."""
     (low, high), ends = axes.get_ylim(), sorted(ends)
-    heights = np.array([value for value, _, _ in ends])
-    for _ in range(200):
-        for lower in range(len(heights) - 1):
-            overlap = 0.055 * (high - low) - (heights[lower + 1] - heights[lower])
-            if overlap > 0:
-                heights[lower : lower + 2] += -overlap / 2, overlap / 2
-        heights += max(0, low - heights[0])  # keep all of them inside the axes' height
-        heights -= max(0, heights[-1] - high)
+    steps = 0.055 * (high - low) * np.arange(len(ends))
+    nearest = scipy.optimize.isotonic_regression([value for value, _, _ in ends] - steps).x
+    heights = np.clip(nearest, low, high - steps[-1]) + steps  # inside the axes' height
     beside = axes.get_yaxis_transform()
     for height, (value, text, color) in zip(heights, ends):
         line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkB": 0}
@@ -193,7 +186,8 @@ def _draw_boundary(outcome: Outcome, boundary: Boundary, epoch: int | None = Non
     figure, page = _page(title, describe({**used, "trials": 1}), (8, 5.8))
     history = outcome.history.set_index(["seed", "epoch", "flood_level"])
     plane = np.stack([x.ravel() for x in np.meshgrid(axis, axis)], axis=1)
-    truth, flipped = DATASETS[used["dataset"]].boundary, labels != boundary.clean_labels
+    truth = DATASETS[used["dataset"]].boundary(plane).reshape(boundary.probability[0].shape)
+    flipped = labels != boundary.clean_labels
     sides, dashed = _sides(outcome.compared), {"linestyles": [DASHES], "linewidths": 1.2}
     for number, (level, name, color) in enumerate(sides):
         axes = page.add_subplot(1, len(sides), number + 1, aspect="equal", xticks=[], yticks=[])
@@ -210,10 +204,8 @@ def _draw_boundary(outcome: Outcome, boundary: Boundary, epoch: int | None = Non
         axes.set_title("\n".join(lines), color=color)
         axes.pcolormesh(axis, axis, shade, cmap=CLASS_MAP, vmin=0, vmax=1, rasterized=True)
         axes.plot([], [], color=CLASS_MAP(1.0), linewidth=8, label=meaning)
-        if truth:
-            score = truth(plane).reshape(probability.shape)
-            axes.contour(axis, axis, score, [0], colors="black", **dashed)
-            axes.plot([], [], color="black", linestyle=DASHES, label="true boundary")
+        axes.contour(axis, axis, truth, [0], colors="black", **dashed)
+        axes.plot([], [], color="black", linestyle=DASHES, label="true boundary")
         if probability.min() < 0.5 < probability.max():
             axes.contour(axis, axis, probability, [0.5], colors=color, linewidths=2)
         axes.plot([], [], color=color, label=f"network's boundary {name}")
@@ -245,8 +237,8 @@ def draw_moving_boundary(outcome: Outcome, boundaries: Iterable[tuple[int, Bound
     """
     frames = []
     for epoch, boundary in boundaries:
-        [png] = png_files({"": _draw_boundary(outcome, boundary, epoch)}, dpi=100).values()
-        frames.append(Image.open(io.BytesIO(png)).convert("RGB").quantize(64, dither=0))
+        frame = png(_draw_boundary(outcome, boundary, epoch), dpi=100)
+        frames.append(Image.open(io.BytesIO(frame)).convert("RGB").quantize(64, dither=0))
     milliseconds = [160] * (len(frames) - 1) + [2000]
     options = {"append_images": frames[1:], "duration": milliseconds, "loop": 0}
     frames[0].save(content := io.BytesIO(), "GIF", save_all=True, **options)
@@ -305,8 +297,8 @@ def _draw_gains(axes: Axes, scored: pd.DataFrame, row: pd.Series, name: str, col
 def _scale(row: Sequence[Axes]) -> None:
     """Give a row one scale; what is lost beyond its highest gain, a collapse, is logarithmic."""
     low, high = row[0].get_ylim()
-    ticks = MaxNLocator(5).tick_values(-high, high)
-    ticks = [*ticks[ticks > -high], *(tick for tick in (-5, -10, -20, -40) if tick < -1.3 * high)]
+    linear, log = MaxNLocator(5).tick_values(-high, high), np.array([-5, -10, -20, -40])
+    ticks = [*linear[linear > -high], *log[log < -1.3 * high]]
     for axes in row:
         axes.axhline(0, color="black", linewidth=1, zorder=1.6)
         axes.set_yscale("symlog", linthresh=high, linscale=2)
@@ -335,18 +327,17 @@ def read_demo(folder: Path) -> tuple[Outcome, Boundary | None]:
             return outcome, None
         with np.load(file) as arrays:
             return outcome, Boundary(**arrays)
-    except (OSError, ValueError) as error:
-        allowed = f"a folder with the files of a demo ({error})"
+    except Exception as error:  # of whatever is spoiled
+        allowed = f"a folder with the files of a demo ({type(error).__name__}: {error})"
         raise settings.SettingError("output_dir", folder, allowed) from error
 
 
 def main(flags: PlotSettings) -> None:
     with settings.ending_on(settings.SettingError, OSError, status=2):
-        pictures = png_files(draw_demo(*read_demo(flags.output_dir)))
+        figures = draw_demo(*read_demo(flags.output_dir))
+        pictures = {name: png(figure) for name, figure in figures.items()}
         print("Pictures:", *results.write_files(pictures, flags.output_dir), flush=True)
 
 
 if __name__ == "__main__":
-    settings.mend_streams()
-    settings.exit_on_signals()
     main(settings.parse_flags(PlotSettings, __doc__))

@@ -125,6 +125,8 @@ def compare(trials: pd.DataFrame, starts: pd.DataFrame | None = None) -> pd.Data
             row = {**vars(data), "scored_epoch": epoch, "labels": labels, "trials": len(group)}
             flipped = data.label_noise if labels == "noisy" else 0.0
             row["best_possible"] = best_possible_accuracy(data, flipped)
+            if group.best_start.isna().any():  # a mean over other trials is no comparison
+                group = group.assign(best_start=math.nan)
             for name in figures:
                 row |= {f"{name}_mean": group[name].mean(), f"{name}_std": group[name].std()}
             row |= paired_gain("gain", group.with_flooding - group.without_flooding)
@@ -179,8 +181,9 @@ def markdown(table: pd.DataFrame) -> str:
         text += f" Best of {starts} starts: trainings without flooding from weights of their own, "
         text += "chosen alike, of equals that of lower validation loss. Fair gain: over that."
     if known.gain_p:
-        text += f" p: of a t-test, adjusted (Benjamini-Hochberg) over {known.gain_p} gains and "
-        text += f"over {known.fair_gain_p} fair gains; bold: below {SIGNIFICANCE:g}."
+        text += f" p: of a t-test, adjusted (Benjamini-Hochberg) over {known.gain_p} gains"
+        text += f" and over {known.fair_gain_p} fair gains" if known.fair_gain_p else ""
+        text += f"; bold: below {SIGNIFICANCE:g}."
     for labels in ("noisy", "clean"):
         for letter, scored_epoch in zip("AB", SCORED_EPOCHS):
             shown = table[(table.labels == labels) & (table.scored_epoch == scored_epoch)]
@@ -191,9 +194,9 @@ def markdown(table: pd.DataFrame) -> str:
 
 def _shown(row: pd.Series, starts: int) -> dict[str, str]:
     """Return a row of `compare` as texts, by their titles."""
-    best, tau = row.best_possible, f", τ = {row.spiral_noise:g}" if row.spiral_noise else ""
+    best = row.best_possible
     shown = {
-        "data set": f"{row.dataset}{tau}",
+        "data set": name_of(row),
         "label noise": f"{100 * row.label_noise:g}%",
         "best possible": "unknown" if math.isnan(best) else f"{100 * best:.1f}",
         "without flooding": mean_and_deviation(row, "without_flooding"),
@@ -205,6 +208,12 @@ def _shown(row: pd.Series, starts: int) -> dict[str, str]:
         shown[f"best of {starts} starts"] = mean_and_deviation(row, "best_start")
         shown["fair gain"] = gain_and_interval(row, "fair_gain")
     return shown
+
+
+def name_of(setting: pd.Series) -> str:
+    """Return a data set in words."""
+    spiral = f", τ = {setting.spiral_noise:g}" if setting.spiral_noise else ""
+    return f"{setting.dataset}{spiral}"
 
 
 def mean_and_deviation(row: pd.Series, name: str, scale: float = 100, digits: int = 1) -> str:
@@ -269,16 +278,15 @@ def read_trials(
     for values, rows in trials.groupby(TRIAL):
         if sorted(rows[MODEL].itertuples(index=False, name=None)) != wanted:
             trial = ", ".join(f"{name} {value}" for name, value in zip(TRIAL, values))
-            reason = "is cut short, or twice there, different"
-            if {*rows[MODEL[1:]].itertuples(index=False, name=None)} - {*models}:
-                reason = "has other flood levels or starts than asked for: take another output_dir"
+            reason = "has not each flood level and start asked for, once: take another output_dir"
             raise TrialsError(f"{path}: {trial}: {reason}")
     return trials
 
 
 def add_trials(*trials: pd.DataFrame) -> pd.DataFrame:
     """Put raw figures together, in the order of seed, data set, spiral noise and label noise."""
-    order = ["seed", "dataset", "spiral_noise", "label_noise", *DATA[3:]]
+    first = ["seed", "dataset", "spiral_noise", "label_noise"]
+    order = first + [name for name in DATA if name not in first]
     together = pd.concat([some[COLUMNS] for some in trials if len(some)] or trials[:1])
     return together.sort_values(order, kind="stable", ignore_index=True)
 

@@ -8,6 +8,7 @@ flipped, an MLP without flooding and with three flood levels. It saves `synth_lo
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import time
@@ -63,111 +64,88 @@ class Demo:
 
     def filled(self) -> Demo:
         """Return a copy that has all defaults, and the levels in order, 0 among them."""
-        levels = settings.fill(
-            self, flood_levels=FLOOD_LEVELS[self.training.optimizer]
-        ).flood_levels
+        filled = settings.fill(self, flood_levels=FLOOD_LEVELS[self.training.optimizer])
+        levels = tuple(sorted({0.0, *filled.flood_levels}))
         data, training = self.data.filled(), self.training.filled()
-        levels = tuple(sorted({0.0, *levels}))
         return replace(self, data=data, training=training, flood_levels=levels)
 
 
 if __name__ == "__main__":  # before the heavy imports: --help and Ctrl-C are answered at once
-    settings.mend_streams()
-    settings.exit_on_signals()
     DEMO = settings.parse_flags(Demo, __doc__)
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 import plot
 import results
-from datasets import Dataset, Split, make_dataset
+from datasets import Split, make_dataset
 from models import MLP
 from results import Outcome, conclude, write_files
 from tracking import DemoLog, TrackingError
-from train import Boundary, DivergenceError, count_epochs, find_boundary, prepare_process, train
+from train import Boundary, DivergenceError, count_groups, find_boundary, prepare_process, train
 
 
 def main(demo: Demo) -> None:
-    settings.exit_on_signals()
     failures: list[Exception] = []  # after training, each costs only itself
     with ending_on(settings.SettingError, TrackingError, status=2):
         settings.check_output_dir(demo.output_dir)
         device = prepare_process(demo.device)
         batch_size = min(demo.training.batch_size, demo.data.train_samples)
         parameters = {**settings.flat(demo), "batch_size": batch_size, "device": device.type}
-        log = DemoLog(parameters, device)
+        log = DemoLog(failures, parameters, device)
     with log:
         tell(failures, plot.describe(parameters).replace("\n", "; "), f"on {device.type}")
-        history, data, networks = train_trials(demo, device, log, failures)
+        history, networks = train_trials(demo, device, log)
         outcome = conclude(history, parameters)
         tell(failures, f"\n{outcome.summary}\n")
         shown = dict.fromkeys([0.0, outcome.compared])
         compared = {epoch: [by[level] for level in shown] for epoch, by in networks.items()}
-        boundary = None
-        if data.train.inputs.shape[1] == 2:
-            boundary = find_boundary(compared[demo.training.epochs], data.train)
+        boundary, data = None, make_dataset(demo.data, demo.seed).train
+        if DATASETS[demo.data.dataset].boundary:
+            boundary = find_boundary(compared[demo.training.epochs], data)
         files = demo_files(outcome, boundary)
         with going_on(failures, OSError):
             tell(failures, "Result:", *write_files(files, demo.output_dir))
-        with going_on(failures, TrackingError):
-            log.finish(outcome, files)
+        log.finish(outcome, files)
         with going_on(failures, Exception):  # whatever drawing may raise
-            for pictures in draw(demo, outcome, boundary, compared, data.train):
-                with going_on(failures, TrackingError):
-                    log.pictures(pictures)
+            for pictures in draw(demo, outcome, boundary, compared, data):
+                log.add_files(pictures)
                 tell(failures, "Pictures:", *write_files(pictures, demo.output_dir))
     tell(failures, log.how_to_look())
     settings.end_with(failures)
 
 
 def train_trials(
-    demo: Demo, device: torch.device, log: DemoLog, failures: list[Exception]
-) -> tuple[pd.DataFrame, Dataset, dict[int, dict[float, MLP]]]:
-    """Train and log one trial after the other.
-
-    Returns their history, and the data and networks of the first, as `train_trial` does.
-    """
-    epochs = demo.trials * count_epochs(demo.flood_levels, demo.training.epochs, device)
-    histories, first = [], None
-    with ending_on(DivergenceError), settings.progress_bar(epochs, "epoch") as bar:
-        for seed in range(demo.seed, demo.seed + demo.trials):
-            began = time.time()
-            data = make_dataset(demo.data, seed)
-            history, networks = train_trial(demo, data, seed, device, bar)
-            histories.append(history)
-            first = first or (data, networks)
-            with going_on(failures, TrackingError):
-                log.trial(seed, (began, time.time()), history)
-    return pd.concat(histories, ignore_index=True), *first
-
-
-def train_trial(
-    demo: Demo, data: Dataset, seed: int, device: torch.device, bar: tqdm
+    demo: Demo, device: torch.device, log: DemoLog
 ) -> tuple[pd.DataFrame, dict[int, dict[float, MLP]]]:
-    """Train one network for each flood level, all from the same weights, drawn from the seed.
+    """Train and log one trial after the other: a network a flood level, all from the same weights.
 
-    Returns their history, see `results.Outcome`, and the networks by epoch and level: of the last
-    epoch, and in the first trial of those that a moving picture shows.
+    Returns their history, see `results.Outcome`, and the first trial's networks by epoch and level:
+    of the last epoch, and of those that a moving picture shows.
     """
-    generator = torch.Generator().manual_seed(seed)
-    network = MLP(data.train.inputs.shape[1], demo.model, [generator])
     last, every = demo.training.epochs, demo.eval_every
     step = every * math.ceil(last / (FRAMES * every))
-    frames = range(step, last, step) if demo.animate and seed == demo.seed else ()
-    history, networks = [], {epoch: {} for epoch in (*frames, last)}
-    for epochs in train(
-        network, data, demo.flood_levels, demo.training, device, generator,
-        eval_every=every, on_epoch=bar.update,
-    ):  # fmt: skip
-        for now in epochs:
-            history.append(now.metrics.drop(columns="start").assign(seed=seed))
-            if now.epoch in networks:
-                for copy, level in enumerate(now.metrics.flood_level):
-                    networks[now.epoch][level] = now.network.select([copy])
-    return pd.concat(history, ignore_index=True), networks
+    frames = range(step, last, step) if demo.animate else ()
+    histories, networks = [], {epoch: {} for epoch in (*frames, last)}
+    total = demo.trials * last * count_groups(demo.flood_levels, device)
+    with ending_on(DivergenceError), settings.ProgressBar(total, "epoch") as bar:
+        for seed in range(demo.seed, demo.seed + demo.trials):
+            began, history = time.time(), []
+            data, generator = make_dataset(demo.data, seed), torch.Generator().manual_seed(seed)
+            network = MLP(data.train.inputs.shape[1], demo.model, [generator])
+            groups = train(
+                network, data, demo.flood_levels, demo.training, device, generator,
+                eval_every=every, on_epoch=bar.update,
+            )  # fmt: skip
+            for now in itertools.chain.from_iterable(groups):
+                history.append(now.metrics.drop(columns="start").assign(seed=seed))
+                if now.epoch in networks and seed == demo.seed:
+                    for copy, level in enumerate(now.metrics.flood_level):
+                        networks[now.epoch][level] = now.network.select([copy])
+            histories.append(pd.concat(history))
+            log.trial(seed, (began, time.time()), histories[-1])
+    return pd.concat(histories, ignore_index=True), networks
 
 
 def demo_files(outcome: Outcome, boundary: Boundary | None) -> dict[str, bytes]:
@@ -185,20 +163,12 @@ def draw(
     compared: Mapping[int, Sequence[MLP]], split: Split,
 ) -> Iterator[dict[str, bytes]]:  # fmt: skip
     """Draw the pictures, of networks by epoch; the moving one, which takes a minute, last."""
-    yield plot.png_files(plot.draw_demo(outcome, boundary))
+    figures = plot.draw_demo(outcome, boundary)
+    yield {name: plot.png(figure) for name, figure in figures.items()}
     if demo.animate:
-        boundaries = find_boundaries(compared, split)
+        frames = settings.ProgressBar(len(compared), "frame", iterable=compared.items())
+        boundaries = ((epoch, find_boundary(networks, split)) for epoch, networks in frames)
         yield {"synth_boundary.gif": plot.draw_moving_boundary(outcome, boundaries)}
-
-
-def find_boundaries(
-    compared: Mapping[int, Sequence[MLP]], split: Split
-) -> Iterator[tuple[int, Boundary]]:
-    """Find what a moving picture shows, one epoch when it is asked for."""
-    with settings.progress_bar(len(compared), "frame") as bar:
-        for epoch, networks in compared.items():
-            yield epoch, find_boundary(networks, split)
-            bar.update()
 
 
 if __name__ == "__main__":

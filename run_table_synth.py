@@ -1,6 +1,6 @@
 """Reproduce the paper's synthetic table, without and with early stopping.
 
-Two Gaussians, sinusoid and spiral at three strengths of label noise, flood levels 0 to 0.50, ten
+Two Gaussians, sinusoid2d and spiral at three strengths of label noise, flood levels 0 to 0.50, ten
 trials: 4 590 trainings. `table_synth_trials.csv` has every finished trial, so a stopped table goes
 on where it was. With `--search starts` as many networks are trained without flooding, from weights
 of their own, and `table_synth_starts.csv` has them: what the choice among trainings gains alone.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import settings
-from datasets import Data, DatasetName, SplitSize
+from datasets import SIZES, Data, DatasetName, SplitSize
 from settings import Model, SettingError, Training, check, ending_on, flag, flat, going_on, tell
 
 FILES = {"levels": "table_synth_trials.csv", "starts": "table_synth_starts.csv"}  # by search
@@ -45,7 +45,7 @@ class Table:
     dataset: tuple[DatasetName, ...] = ("gaussian", "sinusoid2d", "spiral")
     """data sets"""
     label_noise: Annotated[tuple[float, ...], flag("FRACTION [FRACTION ...]")] = (0.01, 0.05, 0.1)
-    """fractions of each split's labels that are flipped, in [0, 1)"""
+    """fractions of labels that are flipped: int(FRACTION * n) of the n labels of each split"""
     spiral_noise: Annotated[tuple[float, ...], flag("TAU [TAU ...]")] = (0.0,)
     """standard deviations of the points around the arms of the spiral (the paper's tau)"""
     train_samples: SplitSize = None
@@ -80,7 +80,7 @@ class Table:
         highest, step = self.flood_max, self.flood_step
         check(0 < highest < 100, "flood_max", highest, "a number of nats in (0, 100)")
         fits = step is None or 0.0001 <= step <= highest
-        check(fits, "flood_step", step, "from 0.0001 to --flood-max")
+        check(fits, "flood_step", step, f"from 0.0001 to --flood-max {highest:g}")
         there = self.ray is None or importlib.util.find_spec("ray")
         check(there, "ray", self.ray, "only with Ray: pip install ray")
         for data in self.list_settings():
@@ -94,16 +94,13 @@ class Table:
 
     def list_settings(self) -> list[Data]:
         """Return the data of each setting; network and training are the same in all."""
+        sizes = {name: getattr(self, name) for name in SIZES}
         return [
-            Data(
-                dataset=dataset, label_noise=label_noise, spiral_noise=spiral_noise,
-                train_samples=self.train_samples, val_samples=self.val_samples,
-                test_samples=self.test_samples,
-            ).filled()
-            for dataset in dict.fromkeys(self.dataset)
-            for spiral_noise in (sorted(set(self.spiral_noise)) if dataset == "spiral" else [0.0])
+            Data(dataset=name, label_noise=label_noise, spiral_noise=tau, **sizes).filled()
+            for name in dict.fromkeys(self.dataset)
+            for tau in (sorted(set(self.spiral_noise)) if name == "spiral" else [0.0])
             for label_noise in sorted(set(self.label_noise))
-        ]  # fmt: skip
+        ]
 
     def list_trials(self) -> list[Trial]:
         """Return the trials, the seeds outermost: a table that is stopped has all settings."""
@@ -123,8 +120,6 @@ class Table:
 
 
 if __name__ == "__main__":  # before the heavy imports: --help and Ctrl-C are answered at once
-    settings.mend_streams()
-    settings.exit_on_signals()
     TABLE = settings.parse_flags(Table, __doc__)
 
 import numpy as np
@@ -139,13 +134,12 @@ from datasets import make_dataset
 from models import MLP
 from results import TRIAL, TrialsError, csv_bytes
 from tracking import TableLog, TrackingError
-from train import DivergenceError, count_epochs, prepare_process, provenance, score_last_and_best
+from train import DivergenceError, count_groups, prepare_process, provenance, score_last_and_best
 
 TrainedTrial = tuple[Trial, pd.DataFrame, tuple[float, float]]  # its rows; from when to when
 
 
 def main(table: Table) -> None:
-    settings.exit_on_signals()
     lock = FileLock(table.output_dir / "table_synth.lock", blocking=False)  # until the process ends
     failures: list[Exception] = []
     with ending_on(SettingError, TrialsError, TrackingError, status=2):
@@ -159,49 +153,42 @@ def main(table: Table) -> None:
         except Timeout as error:
             allowed = "another table is made there"
             raise SettingError("output_dir", table.output_dir, allowed) from error
+        folder, shared = table.output_dir, table.shared()
         trained = {
-            search: results.read_trials(
-                table.output_dir / name, table.shared(), table.list_models(search)
-            )
+            search: results.read_trials(folder / name, shared, table.list_models(search))
             for search, name in FILES.items()
         }
-        parameters = {**flat(table), **table.shared()}
+        parameters = {**flat(table), **shared}
         for how in ("trials", "seed", "quick", "ray", "device"):
             del parameters[how]  # it is the same table, however and however far it is trained
-        log = TableLog({**parameters, "output_dir": str(table.output_dir.absolute())})
+        log = TableLog(failures, {**parameters, "output_dir": str(folder.absolute())})
     with log:
-        trained[table.search] = train_missing(table, trained[table.search], log, failures)
-        finish(table, trained, log, failures)
+        trained[table.search] = train_missing(table, trained[table.search], log)
+        finish(table, trained, log)
     tell(failures, log.how_to_look())
     settings.end_with(failures)
 
 
-def train_missing(
-    table: Table, trained: pd.DataFrame, log: TableLog, failures: list[Exception]
-) -> pd.DataFrame:
+def train_missing(table: Table, trained: pd.DataFrame, log: TableLog) -> pd.DataFrame:
     """Train the trials that are not trained yet, and write each when it is; return all figures."""
     wanted = table.list_trials()
     known = set(trained[TRIAL].itertuples(index=False, name=None))
     missing = [trial for trial in wanted if trial.key() not in known]
     models, before = len(table.list_models(table.search)), len(wanted) - len(missing)
-    tell(failures, f"{len(wanted)} trials of {models} {table.search}, {before} trained before")
+    tell(log.failures, f"{len(wanted)} trials of {models} {table.search}, {before} trained before")
     with (
         ending_on(SettingError, status=2),
         ending_on(DivergenceError, OSError),
-        settings.progress_bar(len(missing), "trial", digits=1) as bar,
+        settings.ProgressBar(len(missing), "trial", digits=1) as bar,
     ):
         for trial, rows, times in train_trials(table, missing, bar):
             trained = results.add_trials(trained, rows.assign(commit=log.commit))
             results.write_files({FILES[table.search]: csv_bytes(trained)}, table.output_dir)
-            with going_on(failures, TrackingError):
-                metrics = results.summarize_trial(rows)
-                log.trial(str(trial), flat(trial), times, metrics)
+            log.add_child(str(trial), flat(trial), results.summarize_trial(rows), times, {})
     return trained
 
 
-def finish(
-    table: Table, trained: dict[str, pd.DataFrame], log: TableLog, failures: list[Exception]
-) -> None:
+def finish(table: Table, trained: dict[str, pd.DataFrame], log: TableLog) -> None:
     """Print, save, draw and log the table, with the fair search if the folder has its starts."""
     wanted = [trial.key() for trial in table.list_trials()]
     asked = {name: rows[rows.set_index(TRIAL).index.isin(wanted)] for name, rows in trained.items()}
@@ -211,13 +198,12 @@ def finish(
         compared = results.compare(asked["levels"], asked["starts"])
         text = results.markdown(compared)
         files |= {"table_synth.md": text.encode(), "table_synth.csv": csv_bytes(compared)}
-        with going_on(failures, Exception):
-            files |= plot.png_files({"table_synth.png": plot.draw_table(asked["levels"], compared)})
-    tell(failures, f"\n{text}")
-    with going_on(failures, OSError):
-        tell(failures, "Saved:", *results.write_files(files, table.output_dir))
-    with going_on(failures, TrackingError):
-        log.finish(text, files)
+        with going_on(log.failures, Exception):
+            files["table_synth.png"] = plot.png(plot.draw_table(asked["levels"], compared))
+    tell(log.failures, f"\n{text}")
+    with going_on(log.failures, OSError):
+        tell(log.failures, "Saved:", *results.write_files(files, table.output_dir))
+    log.conclude(text, {}, files)
 
 
 def train_trials(table: Table, trials: Sequence[Trial], bar: tqdm) -> Iterator[TrainedTrial]:
@@ -252,7 +238,7 @@ def train_trial(
     starts, levels = zip(*table.list_models(table.search))
     generators = [start_generator(trial.seed, start) for start in dict.fromkeys(starts)]
     network = MLP(data.train.inputs.shape[1], table.model, generators)
-    share = 1 / count_epochs(levels, table.training.epochs, device)
+    share = 1 / (table.training.epochs * count_groups(levels, device))
     rows = score_last_and_best(
         network, data, levels, table.training, device, generators[0], starts,
         lambda: on_progress(share),

@@ -10,6 +10,8 @@ copy that has it.
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import math
 import os
 import shutil
@@ -17,7 +19,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, TextIO, TypeVar
 
@@ -92,14 +94,8 @@ def flat(settings: object) -> dict[str, object]:
     Numbers and strings keep their types; a tuple becomes a list, a path a string.
     """
     values = {}
-    for field in fields(settings):
-        value = getattr(settings, field.name)
-        if is_dataclass(value):
-            values |= flat(value)
-        elif isinstance(value, tuple):
-            values[field.name] = [str(one) if isinstance(one, Path) else one for one in value]
-        else:
-            values[field.name] = str(value) if isinstance(value, Path) else value
+    for name, value in json.loads(json.dumps(asdict(settings), default=str)).items():
+        values |= value if isinstance(value, dict) else {name: value}
     return values
 
 
@@ -158,16 +154,14 @@ class Training:
     """flood the mean loss of a batch, as the paper does, or each example's (iFlood, ICLR 2022)"""
 
     def __post_init__(self) -> None:
-        optimizer, rate, momentum = self.optimizer, self.learning_rate, self.momentum
-        decay, flood_on = self.weight_decay, self.flood_on
+        rate, momentum, decay = self.learning_rate, self.momentum, self.weight_decay
+        optimizer, flood_on = self.optimizer, self.flood_on
         check(optimizer in DEFAULT_LEARNING_RATES, "optimizer", repr(optimizer), "sgd or adam")
-        if rate is not None:
-            check(0 < rate < math.inf, "learning_rate", rate, "a finite number > 0")
-        if momentum is not None:
-            check(0 <= momentum < 1, "momentum", momentum, "a number in [0, 1)")
-            check(optimizer == "sgd" or momentum == 0, "momentum", momentum, "only with sgd")
-        check(0 <= decay < math.inf, "weight_decay", decay, "a finite number >= 0")
         check(flood_on in ("batch", "example"), "flood_on", repr(flood_on), "batch or example")
+        check(rate is None or 0 < rate < math.inf, "learning_rate", rate, "a finite number > 0")
+        check(momentum is None or 0 <= momentum < 1, "momentum", momentum, "a number in [0, 1)")
+        check(optimizer == "sgd" or not momentum, "momentum", momentum, "only with sgd")
+        check(0 <= decay < math.inf, "weight_decay", decay, "a finite number >= 0")
         check_counts(self, "batch_size", "epochs")
 
     def filled(self) -> Training:
@@ -188,6 +182,8 @@ def parse_flags(settings: type[Settings], description: str | None) -> Settings:
     `description` is the script's docstring, of which `--help` shows the first paragraph; under
     `python -OO` there is none. The flags of the settings' parts stand beside the script's own.
     """
+    mend_streams()
+    exit_on_signals()
     first = " ".join((description or "").split("\n\n")[0].split())
     if shutil.get_terminal_size().columns < 40:
         os.environ["COLUMNS"] = "40"  # in less tyro may never end
@@ -203,12 +199,15 @@ def ending_on(*errors: type[Exception], status: int = 1) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, SettingError):
-            name, value, allowed = error.args
-            text = f"--{name.replace('_', '-')} {value}: {allowed}"
-        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        _complain(error)
         sys.exit(status)
+
+
+def _complain(error: Exception) -> None:
+    text = " ".join(str(error).split())
+    if isinstance(error, SettingError):
+        text = f"--{error.args[0].replace('_', '-')} {text.partition(' ')[2]}"
+    print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -236,11 +235,8 @@ def _silence(stream: TextIO) -> None:
 
 def end_with(failures: Sequence[Exception]) -> None:
     """End the script with status 1, and a line for the first failure of each kind, if any."""
-    first: dict[type, str] = {}
-    for failure in failures:
-        first.setdefault(type(failure), " ".join(str(failure).split()))
-    for text in first.values():
-        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+    for kind in dict.fromkeys(map(type, failures)):
+        _complain(next(failure for failure in failures if type(failure) is kind))
     if failures:
         sys.exit(1)
 
@@ -262,27 +258,31 @@ def mend_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # a library's file would take its number
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        getattr(sys, name).reconfigure(errors="replace")
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
-class _Bar(tqdm):
-    """A bar that costs nothing else where nobody reads it any more."""
+class ProgressBar(tqdm):
+    """Counts `unit`s, with the time left; in a log file it writes a line every 30 seconds.
+
+    Given an iterable, it counts what is taken of it. Where nobody reads it any more it is silent.
+    """
+
+    def __init__(
+        self, total: int, unit: str, digits: int = 0, iterable: Iterable | None = None
+    ) -> None:
+        seconds, columns = 30, 0
+        if sys.stderr.isatty():  # which may not say its size
+            seconds, columns = 0.1, os.get_terminal_size(sys.stderr.fileno()).columns
+        counted = f"{{n:.{digits}f}} of {{total}} {unit}s [{{elapsed}}<{{remaining}}{{postfix}}]"
+        super().__init__(
+            iterable, total=total, leave=False, miniters=0, mininterval=seconds,
+            delay=seconds - 0.1, ncols=columns or 80, nrows=20,
+            bar_format="{percentage:3.0f}%|{bar}| " + counted,
+        )  # fmt: skip
 
     def display(self, *arguments: object, **options: object) -> None:
         try:
             super().display(*arguments, **options)
         except OSError:
             _silence(sys.stderr)
-
-
-def progress_bar(total: int, unit: str, digits: int = 0) -> tqdm:
-    """Return a bar that counts `unit`s, with the time left; in a log file one every 30 seconds."""
-    seconds, columns = 30, 0
-    if sys.stderr.isatty():  # which may not say its size
-        seconds, columns = 0.1, os.get_terminal_size(sys.stderr.fileno()).columns
-    counted = f"{{n:.{digits}f}} of {{total}} {unit}s [{{elapsed}}<{{remaining}}{{postfix}}]"
-    return _Bar(
-        total=total, leave=False, miniters=0, mininterval=seconds, maxinterval=seconds,
-        delay=seconds - 0.1, ncols=columns or 80, nrows=20,
-        bar_format="{percentage:3.0f}%|{bar}| " + counted,
-    )  # fmt: skip

@@ -9,17 +9,17 @@ folder, which is what a bare `mlflow ui` there opens.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import logging
-import math
 import os
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
@@ -44,7 +44,7 @@ from mlflow.entities import Metric, Param
 from mlflow.tracking.context.registry import resolve_tags
 
 from results import SETTINGS_FILE, Outcome, write_files
-from settings import SPLITS, going_on
+from settings import SPLITS
 from train import provenance
 
 logging.getLogger("urllib3").setLevel(logging.ERROR)  # which tells of every retry
@@ -122,19 +122,33 @@ def open_experiment(name: str) -> tuple[mlflow.MlflowClient, str]:
     here = file.parent / "mlruns" / experiment.experiment_id
     copied = here.exists() and here.resolve() != folder.resolve()
     if folder.is_absolute() and (copied or not folder.parent.parent.exists()):
-        mend = "move it back, or take another MLFLOW_TRACKING_URI"
-        raise FileNotFoundError(
-            f"the files of {name} were in {folder}, and are not any more: {mend}"
-        )
+        mend = "and are not any more: move it back, or take another MLFLOW_TRACKING_URI"
+        raise FileNotFoundError(f"the files of {name} were in {folder}, {mend}")
     return client, experiment.experiment_id
+
+
+def trying(method: Callable) -> Callable:
+    """Let a method of ParentRun note what the store raises; one that is too slow is left alone."""
+
+    @functools.wraps(method)
+    def tried(log: ParentRun, *arguments: object) -> None:
+        began = time.monotonic()
+        try:
+            if log.seconds_lost < PATIENCE_SECONDS:
+                method(log, *arguments)
+        except Exception as error:  # of whatever the store is made of
+            log.seconds_lost += time.monotonic() - began
+            log.failures.append(TrackingError(explain(error)))
+
+    return tried
 
 
 class ParentRun:
     """A run with children and files; those that are not finished when it is left are FAILED.
 
-    It is open when its store has taken a file. With a `key` the parent that has it goes on, if
-    there is one. Its page has the charts of its children, in the order of the parameter `sort`.
-    Raises TrackingError for all that the store refuses.
+    It is open when its store has taken a file, else TrackingError is raised; what the store refuses
+    later is noted in `failures`. With a `key` the parent that has it goes on, if there is one. Its
+    page has the charts of its children, in the order of the parameter `sort`.
     """
 
     experiment: str
@@ -142,13 +156,12 @@ class ParentRun:
     about: str  # Markdown that every run has, and the experiment with a link to the last children
 
     def __init__(
-        self, name: str, parameters: Mapping[str, object], tags: Mapping[str, str], sort: str,
-        key: str = "",
+        self, failures: list[Exception], name: str, parameters: Mapping[str, object],
+        tags: Mapping[str, str], sort: str, key: str = "",
     ) -> None:  # fmt: skip
+        self.failures, self.seconds_lost, self._unfinished = failures, 0.0, []
         self._parameters, self._tags = parameters, {**resolve_tags(), NOTE: self.about, **tags}
-        self._unfinished, self._seconds_lost = [], 0.0
-        with self._asking(), contextlib.ExitStack() as opening:
-            opening.callback(self.__exit__)
+        try:
             self._client, self._experiment_id = open_experiment(self.experiment)
             query = f"tags.key = '{key}'"
             runs = self._client.search_runs([self._experiment_id], query) if key else []
@@ -159,7 +172,9 @@ class ParentRun:
                 self._create(name, {"key": key} if key else {}, parameters, time.time())
             self._id = self._unfinished[0]
             self._add_files({self.settings_file: json.dumps(parameters, indent=1).encode()})
-            opening.pop_all()
+        except Exception as error:
+            self.__exit__()
+            raise TrackingError(explain(error)) from error
         runs = f"#/experiments/{self._experiment_id}/runs?workflowType=machine_learning"
         children = f"&compareRunsMode=CHART&searchFilter=tags.`{PARENT}` = '{self._id}'"
         # Sorted like this, the page does not fold children into their parent. It shows ten.
@@ -168,26 +183,16 @@ class ParentRun:
     def __enter__(self) -> ParentRun:
         return self
 
+    @trying
     def __exit__(self, *raised: object) -> None:
         """Mark what is not finished; the store may be what has failed, and is asked once."""
         before = dict(os.environ)
         os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
-        for run_id in self._unfinished:
-            with contextlib.suppress(TrackingError), self._asking():
-                self._client.set_terminated(run_id, "FAILED")
-        os.environ |= before
-
-    @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
-        """Raise TrackingError for what the store raises; leave one alone that costs too long."""
-        if self._seconds_lost > PATIENCE_SECONDS:
-            raise TrackingError(f"{shown_uri()}: it has not answered before")
-        began = time.monotonic()
         try:
-            yield
-        except Exception as error:  # of whatever the store is made of
-            self._seconds_lost += time.monotonic() - began
-            raise TrackingError(explain(error)) from error
+            for run_id in self._unfinished:
+                self._client.set_terminated(run_id, "FAILED")
+        finally:
+            os.environ |= before
 
     def _create(self, name, tags, parameters, began):
         """Make a run that began then, in s since 1970; return its id."""
@@ -198,40 +203,46 @@ class ParentRun:
         self._client.log_batch(run.info.run_id, params=params)
         return run.info.run_id
 
-    def _finish(self, run_id, curves, ended):
-        """Write a run's metrics by step, and that it ended then."""
+    def _finish(self, run_id, figures, ended):
+        """Write a run's figures, numbers or series by step, and that it ended then."""
         ended = int(1000 * ended)
         points = [
             Metric(name, float(value), ended, int(step))
-            for name, curve in curves.items()
-            for step, value in curve.items()
-            if not math.isnan(value)
+            for name, figure in figures.items()
+            for step, value in pd.Series(figure).dropna().items()
         ]
         for start in range(0, len(points), MAX_POINTS):
             self._client.log_batch(run_id, points[start : start + MAX_POINTS])
         self._client.set_terminated(run_id, "FINISHED", ended)
         self._unfinished.remove(run_id)
 
-    def _add_child(self, name, parameters, curves, times, tags):
-        """Write a child, whose curves are by step, and let the experiment lead to it."""
-        parameters = {**self._parameters, **parameters}
-        run_id = self._create(name, {PARENT: self._id, **tags}, parameters, times[0])
-        self._finish(run_id, curves, times[1])
-        lead = f"Training with and without flooding, [**the last runs**]({self._page})."
-        self._client.set_experiment_tag(self._experiment_id, NOTE, f"{lead}\n\n{self.about}")
-
     def _add_files(self, files):
         with tempfile.TemporaryDirectory() as folder:
             for path in write_files(files, Path(folder)):
                 self._client.log_artifact(self._id, str(path))
 
-    def _conclude(self, result, metrics, files):
+    add_files = trying(_add_files)  # {name: content}
+
+    @trying
+    def add_child(
+        self, name: str, parameters: Mapping[str, object], figures: Mapping[str, object],
+        times: tuple[float, float], tags: Mapping[str, str],
+    ) -> None:  # fmt: skip
+        """Write a child, from one time to another in s since 1970; the experiment leads to it."""
+        parameters = {**self._parameters, **parameters}
+        run_id = self._create(name, {PARENT: self._id, **tags}, parameters, times[0])
+        self._finish(run_id, figures, times[1])
+        lead = f"Training with and without flooding, [**the last runs**]({self._page})."
+        self._client.set_experiment_tag(self._experiment_id, NOTE, f"{lead}\n\n{self.about}")
+
+    @trying
+    def conclude(
+        self, result: str, metrics: Mapping[str, float], files: Mapping[str, bytes]
+    ) -> None:
         """Write what it has come to, which ends it."""
-        with self._asking():
-            self._add_files(files)
-            self._client.set_tag(self._id, NOTE, f"{result}\n\n{self.about}")
-            curves = {name: {0: value} for name, value in metrics.items()}
-            self._finish(self._id, curves, time.time())
+        self._add_files(files)
+        self._client.set_tag(self._id, NOTE, f"{result}\n\n{self.about}")
+        self._finish(self._id, metrics, time.time())
 
     def how_to_look(self) -> str:
         """Return how to see the children, and no other runs, in a browser."""
@@ -248,29 +259,27 @@ class DemoLog(ParentRun):
 
     experiment, settings_file, about = "flooding-synth", SETTINGS_FILE, DEMO
 
-    def __init__(self, parameters: Mapping[str, object], device: torch.device) -> None:
+    def __init__(
+        self, failures: list[Exception], parameters: Mapping[str, object], device: torch.device
+    ) -> None:
         several = parameters["trials"] > 1
         name = f"{parameters['dataset']}, {parameters['trials']} trial{'s' if several else ''}"
         sort = "seed" if several else "flood_level"
-        super().__init__(name, parameters, provenance(device), sort)
+        super().__init__(failures, name, parameters, provenance(device), sort)
 
     def trial(self, seed: int, times: tuple[float, float], history: pd.DataFrame) -> None:
         """Log a trial that is over, from one time to another in s since 1970."""
-        failures = []  # each costs only its level
         for rank, (level, rows) in enumerate(history.groupby("flood_level")):
             name = f"b = {level:g}" if level else "no flooding"
             name += f", seed {seed}" if self._parameters["trials"] > 1 else ""
             rows = rows.set_index("epoch", drop=False)
             best = rows.loc[rows[rows.epoch > 0].val_accuracy_noisy.idxmax()]
-            curves = {shown: rows[metric] for metric, shown in NAMES.items()}
-            curves |= {shown: {0: best[metric]} for metric, shown in BEST_NAMES.items()}
+            figures = {shown: rows[metric] for metric, shown in NAMES.items()}
+            figures |= {shown: best[metric] for metric, shown in BEST_NAMES.items()}
             color = {"mlflow.runColor": COLORS[min(rank, len(COLORS) - 1)]}
             began = times[0] - rank / 1000  # the page has the latest first
             own = {"flood_level": level, "seed": seed}
-            with going_on(failures, TrackingError), self._asking():
-                self._add_child(name, own, curves, (began, times[1]), color)
-        if failures:
-            raise failures[0]
+            self.add_child(name, own, figures, (began, times[1]), color)
 
     def finish(self, outcome: Outcome, files: Mapping[str, bytes]) -> None:
         """Keep the result: clean test scores, and the files that pictures are drawn from."""
@@ -280,12 +289,7 @@ class DemoLog(ParentRun):
             for score in ("accuracy", "loss"):
                 scores = last[last.flood_level == level][f"test_{score}_clean"]
                 metrics |= {f"{side}/{score}": scores.mean(), f"{side}/sd_{score}": scores.std()}
-        self._conclude(f"```\n{outcome.summary}\n```", metrics, files)
-
-    def pictures(self, files: Mapping[str, bytes]) -> None:
-        """Keep the pictures."""
-        with self._asking():
-            self._add_files(files)
+        self.conclude(f"```\n{outcome.summary}\n```", metrics, files)
 
 
 class TableLog(ParentRun):
@@ -293,20 +297,7 @@ class TableLog(ParentRun):
 
     experiment, settings_file, about = "flooding-table", "table_synth.json", TABLE
 
-    def __init__(self, parameters: Mapping[str, object]) -> None:
+    def __init__(self, failures: list[Exception], parameters: Mapping[str, object]) -> None:
         key = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:16]
-        super().__init__("table", parameters, {}, "seed", key)
+        super().__init__(failures, "table", parameters, {}, "seed", key)
         self.commit = self._tags.get("mlflow.source.git.commit", "")
-
-    def trial(
-        self, name: str, parameters: Mapping[str, object], times: tuple[float, float],
-        metrics: Mapping[str, float],
-    ) -> None:  # fmt: skip
-        """Log a trial that is over, from one time to another in s since 1970."""
-        with self._asking():
-            curves = {name: {0: value} for name, value in metrics.items()}
-            self._add_child(name, parameters, curves, times, {})
-
-    def finish(self, summary: str, files: Mapping[str, bytes]) -> None:
-        """Keep the finished table."""
-        self._conclude(summary, {}, files)

@@ -1,11 +1,11 @@
-"""Train K models at once that differ in the flood level alone, and score them every epoch."""
+"""Train K models at once, each with its flood level and start, and score them every epoch."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from datasets import Dataset, Split
 from flooding import flood
 from models import MLP
-from settings import SCORED_EPOCHS, SCORES, SPLITS, Training, check, check_flood_levels
+from settings import SCORED_EPOCHS, SPLITS, Training, check, check_flood_levels
 
-# What benchmarks/bench_train.py found fastest on CPUs; the values for GPUs are not measured. Rows
-# are examples times models: the activations should stay in a CPU's cache, and be many on a GPU.
+# The fastest of what was tried on CPUs; the values for GPUs are not measured. Rows are examples
+# times models: the activations should stay in a CPU's cache, and be many on a GPU.
 EVALUATION_ROWS = {"cpu": 5_000, "cuda": 200_000}
 MODELS_AT_ONCE = {"cpu": 26, "cuda": 204}
 
-METRICS = [f"{split}_{score}" for split in SPLITS for score in SCORES]
-METRICS += ["train_batch_loss", "train_flooded_fraction_so_far"]
 GRID = 201  # points along a side of the plane that a boundary is drawn on
 
 
@@ -36,8 +34,8 @@ class DivergenceError(ArithmeticError):
 class Evaluation:
     """The models of one group after one epoch.
 
-    `metrics` has a row a model: its `start`, `flood_level`, the `epoch`, and those of the METRICS
-    whose split was asked for. Losses are means in nats, accuracies are fractions.
+    `metrics` has a row a model: its `start`, `flood_level`, the `epoch`, and, as `test_loss_noisy`,
+    the SCORES of each split that was asked for. Losses are means in nats, accuracies are fractions.
     `train_batch_loss` is the epoch's mean of the mini-batches' losses in training mode, which are
     what is flooded; epoch 0 has none. `train_flooded_fraction_so_far` is the share of all
     mini-batches until now, or examples with `flood_on` "example", with a loss below the level.
@@ -87,7 +85,8 @@ def train(
     CPU) draws. As many train together as the device likes, one group after the other. The `splits`
     are scored in evaluation mode against noisy and clean labels, also before the first epoch
     (epoch 0). [released code] With `eval_every` > 1 epochs between are left out, the last one
-    never. `on_epoch()` is called after every epoch of every group, `count_epochs` times.
+    never. `on_epoch()` is called after every epoch of every group, of which there are
+    `count_groups`.
 
     Raises:
         SettingError: a flood level is no finite number >= 0, or batch norm meets one example alone.
@@ -96,23 +95,23 @@ def train(
     training = training.filled()
     check_flood_levels(flood_levels)
     training.check_batches(len(data.train.noisy_labels), network.model.batch_norm)
-    evaluated = [EvaluationSplit(name, getattr(data, name), device) for name in splits]
     models = pd.DataFrame({"start": 0 if starts is None else starts, "flood_level": flood_levels})
+    scored = {name: getattr(data, name) for name in splits}
     order = generator.get_state()
-    for group in np.array_split(np.arange(len(models)), count_epochs(flood_levels, 1, device)):
+    for group in np.array_split(np.arange(len(models)), count_groups(flood_levels, device)):
         group = models.iloc[group]
         copies = network.select(list(group.start)).to(device)
         epochs = train_epochs(copies, data.train, group.flood_level, training, order)
-        yield _evaluate(copies, epochs, evaluated, group, training, eval_every, on_epoch)
+        yield _evaluate(copies, epochs, scored, group, training, eval_every, on_epoch)
 
 
-def count_epochs(flood_levels: Sequence[float], epochs: int, device: torch.device) -> int:
-    """Return how many epochs `train` trains: of as few groups of models as the device allows."""
-    return epochs * math.ceil(len(flood_levels) / MODELS_AT_ONCE[device.type])
+def count_groups(models: Sequence, device: torch.device) -> int:
+    """Return in how many groups `train` trains models: as few as the device allows."""
+    return math.ceil(len(models) / MODELS_AT_ONCE[device.type])
 
 
 def _evaluate(
-    network: MLP, epochs: Iterator[tuple[int, Tensor, Tensor]], splits: Sequence[EvaluationSplit],
+    network: MLP, epochs: Iterator[tuple[int, Tensor, Tensor]], splits: Mapping[str, Split],
     models: pd.DataFrame, training: Training, eval_every: int, on_epoch: Callable[[], object],
 ) -> Iterator[Evaluation]:  # fmt: skip
     """Score a group of models after its epochs."""
@@ -120,8 +119,8 @@ def _evaluate(
         metrics = {"train_batch_loss": batch_loss} if epoch > 0 else {}
         due = epoch % eval_every == 0 or epoch == training.epochs
         if due:
-            for split in splits:
-                metrics |= split.scores(network)
+            for name, split in splits.items():
+                metrics |= score(network, name, split)
             metrics["train_flooded_fraction_so_far"] = flooded_fraction
         fetched = _fetch(metrics, models.assign(epoch=epoch), training)
         if epoch > 0:
@@ -180,24 +179,17 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.mT, labels, reduction="none")
 
 
-class EvaluationSplit:
-    """A split on the device, ready to score K models."""
-
-    def __init__(self, name: str, split: Split, device: torch.device) -> None:
-        self.name = name
-        self.inputs = torch.from_numpy(split.inputs).to(device)
-        labels = np.stack([split.noisy_labels, split.clean_labels])
-        self.labels = dict(zip(("noisy", "clean"), torch.from_numpy(labels).to(device)))
-
-    def scores(self, network: MLP) -> dict[str, Tensor]:
-        """Return the split's loss and accuracy against both labels, [K] each, in one pass."""
-        logits, scores = evaluate(network, self.inputs), {}
-        predictions = logits.argmax(dim=-1)  # [n, K]
-        for kind, labels in self.labels.items():
-            correct = predictions == labels[:, None]
-            scores[f"{self.name}_loss_{kind}"] = cross_entropy(logits, labels).mean(dim=0)
-            scores[f"{self.name}_accuracy_{kind}"] = correct.sum(dim=0).double() / len(labels)
-        return scores
+def score(network: MLP, name: str, split: Split) -> dict[str, Tensor]:
+    """Return a split's loss and accuracy against both labels, [K] each."""
+    device = next(network.parameters()).device
+    logits, scores = evaluate(network, torch.from_numpy(split.inputs).to(device)), {}
+    predictions = logits.argmax(dim=-1)  # [n, K]
+    for kind in ("noisy", "clean"):
+        labels = torch.from_numpy(getattr(split, f"{kind}_labels")).to(device)
+        correct = predictions == labels[:, None]
+        scores[f"{name}_loss_{kind}"] = cross_entropy(logits, labels).mean(dim=0)
+        scores[f"{name}_accuracy_{kind}"] = correct.sum(dim=0).double() / len(labels)
+    return scores
 
 
 @torch.no_grad()
@@ -237,7 +229,6 @@ def score_last_and_best(
     scored, and the SCORES of validation and test split. Raises what `train` raises.
     """
     training = training.filled()
-    splits = [EvaluationSplit(name, getattr(data, name), device) for name in SPLITS[1:]]
     rows = {scored_epoch: [] for scored_epoch in SCORED_EPOCHS}
     arguments = network, data, flood_levels, training, device, generator, starts, ("val",)
     for epochs in train(*arguments, on_epoch=on_epoch):
@@ -252,7 +243,7 @@ def score_last_and_best(
         for scored_epoch, models, scored in (
             ("last", now.metrics, now.network), ("best", best, best_network)
         ):  # fmt: skip
-            scores = {k: v for split in splits for k, v in split.scores(scored).items()}
+            scores = score(scored, "val", data.val) | score(scored, "test", data.test)
             models = models[["start", "flood_level", "epoch"]]
             rows[scored_epoch].append(_fetch(scores, models, training))
     return pd.concat(

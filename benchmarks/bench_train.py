@@ -34,7 +34,7 @@ from run_table_synth import Table
 from settings import SPLITS, Model
 from train import make_optimizer, prepare_process, train, train_epochs
 
-MODELS_AT_ONCE = (1, 4, 26, 51)
+STACKS = (1, 4, 26, 51)
 SHAPES = ((1, 4000), (4, 500), (4, 1500), (26, 200))  # K and rows of the products of (a)
 LIMIT_SECONDS = 0.2  # a shape of (a), each round; twice that for each of the other cases
 ENDLESS = 10**6  # epochs, more than are measured
@@ -175,9 +175,8 @@ def timed(call: Callable[[], object], device: torch.device, repeats: int) -> flo
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    with torch.set_grad_enabled(True):
-        for _ in range(repeats):
-            call()
+    for _ in range(repeats):
+        call()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - start) / repeats
@@ -192,12 +191,12 @@ def main(benchmark: Benchmark) -> None:
     )
     data = make_dataset(demo.data, seed=0)
     limits = limit_cases(device)
-    training = [step_case(table, data, models, device) for models in MODELS_AT_ONCE]
+    training = [step_case(table, data, models, device) for models in STACKS]
     demos = [demo_case(demo, data, device), plain_case(demo, data, device)]
     cases = [*limits, demos[0], *training, demos[1]]
 
     repeats, seconds = {}, {case.name: [] for case in cases}
-    with settings.progress_bar(benchmark.rounds * len(cases), "case") as bar:
+    with settings.ProgressBar(benchmark.rounds * len(cases), "case") as bar:
         for case in cases:  # warm up, and see how often fits in the time
             case.call()
             wanted = LIMIT_SECONDS if case in limits else 2 * LIMIT_SECONDS

@@ -2,7 +2,7 @@
 
 Raw figures are what `run_table_synth.py` writes, a row a scored epoch and model. A *way* is a way
 to choose one model of each trial; what one way gains over another is a series with a value a
-trial. All accuracies and losses are those on noisy labels.
+trial. Accuracies and losses of ways are those on noisy labels.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def read_raw(folder: Path) -> Raw:
         ours=read["ours"][read["ours"].epoch == read["ours"].epoch.max()],
         authors=pd.DataFrame(authors),
         ways=list_ways(levels, starts) if len(levels) else {},
-        table=compare(levels, starts if len(starts) else None) if len(levels) else levels,
+        table=compare(levels, starts) if len(levels) else levels,
     )  # fmt: skip
 
 
@@ -231,7 +231,7 @@ def calibration(rows: pd.DataFrame) -> pd.DataFrame:
     """Return, a setting: models, those with a test loss above ln 2, and the mean excess in nats.
 
     ln 2 is the loss of a coin. The excess is that of the test loss over the `entropy` of the test
-    accuracy: what the network pays for being surer than it is right.
+    accuracy: what the network pays for being surer, or less sure, than it is right.
     """
     figures = rows.reset_index()
     figures["above"] = figures[LOSS] > math.log(2)

@@ -13,7 +13,7 @@ import pandas as pd
 import recount
 from recount import ACCURACY, LOSS, SETTING, TIES, Raw, gain, summarize
 
-from results import SIGNIFICANCE, table_rows
+from results import SIGNIFICANCE, name_of, table_rows
 from settings import SCORED_EPOCHS
 
 LETTERS = dict(zip(SCORED_EPOCHS, "AB"))
@@ -64,10 +64,9 @@ def by_setting(columns: Mapping[str, pd.Series]) -> str:
     table = table.fillna("-")
     lines = []
     for index, row in table[(table != "-").any(axis=1)].iterrows():
-        data = dict(zip(order.names, index))
-        name = data["dataset"]
-        name += f", τ = {data['spiral_noise']:g}" if data["spiral_noise"] else ""
-        name += f", {100 * data['label_noise']:g}%" if "label_noise" in data else ""
+        data = pd.Series(index, order.names)
+        name = name_of(data)
+        name += f", {100 * data.label_noise:g}%" if "label_noise" in data else ""
         lines.append({"setting": name, **row})
     return table_rows(lines)
 
@@ -217,7 +216,8 @@ def calibration(raw: Raw) -> Section:
         "How many trainings have a test loss above ln 2, and the *excess*, by how many nats the "
         "loss is above the entropy of the accuracy: that is the loss of a classifier that gives "
         "each of its answers its accuracy as probability, and what is above it is the price of "
-        "being too sure. *With* is the chosen b, *all levels* every training of the table."
+        "being surer, or less sure, than it is right. *With* is the chosen b, *all levels* every "
+        "training of the table."
     )
     columns = {
         f"{way}, above ln 2": rows.above.astype(str) + " of " + rows.models.astype(str)

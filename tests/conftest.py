@@ -44,6 +44,7 @@ def parse(settings: type, *flags: object) -> object:
     """What a script makes of these flags."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["script.py", *map(str, flags)])
+        patch.setattr("settings.exit_on_signals", lambda: None)
         return parse_flags(settings, "")
 
 

@@ -11,7 +11,7 @@ def test_the_benchmark_prints_a_row_a_case(monkeypatch, capsys):
 
     demo, table = bench_train.Demo(), bench_train.Table()
     model, data = replace(demo.model, hidden_units=8), replace(demo.data, test_samples=100)
-    small = {"MODELS_AT_ONCE": (2,), "SHAPES": ((1, 40), (2, 5)), "LIMIT_SECONDS": 0.001}
+    small = {"STACKS": (2,), "SHAPES": ((1, 40), (2, 5)), "LIMIT_SECONDS": 0.001}
     small["NUMPY"] = bench_train.NUMPY.replace("4000", "40")
     small["Demo"] = lambda: replace(demo, model=model, data=data)
     small["Table"] = lambda: replace(table, model=model)

@@ -13,6 +13,8 @@ SIZES |= dict.fromkeys(("sinusoid", "sinusoid2d"), (100, 100, 20_000))
 
 
 def draw(dataset: str, label_noise: float = 0.1, seed: int = 3, **changes: float) -> Dataset:
+    if dataset != "spiral":
+        changes.pop("spiral_noise", None)
     return make_dataset(Data(dataset=dataset, label_noise=label_noise, **changes), seed)
 
 

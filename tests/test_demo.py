@@ -142,7 +142,7 @@ def test_trials_are_the_demos_of_their_seeds(folder, monkeypatch):
     flags += ("--learning-rate", 0.1)  # so that the levels differ after three epochs
     output = folder.succeed(SCRIPT, *FLAGS, *flags, "--seed", 3, "--trials", 2, "--animate")
     saved = files(folder.path, "*.png")
-    monkeypatch.setattr(plot, "png_files", lambda figures: {})  # to save time
+    monkeypatch.setattr(plot, "png", lambda figure: b"")  # to save time
     folder.succeed(SCRIPT, *FLAGS, *flags, "--seed", 4)
     monkeypatch.undo()
     # Data, initial weights and the generator of the mini-batches are each trial's own.
@@ -247,16 +247,20 @@ def test_data_out_of_the_plane_have_no_boundary(folder):
     drawn = files(folder.path, "*.png")
     folder.succeed("plot.py")
     assert files(folder.path, "*.png") == drawn and set(drawn) == expected
+    for name in ("demo.json", "history.csv"):
+        (folder.path / name).write_text("{}")
+        said = folder.refuse("plot.py")
+        assert said.startswith("--output-dir .: a folder with the files of a demo (")
 
 
 def test_a_demo_that_diverges_keeps_its_finished_trials(folder, monkeypatch):
-    def diverging(demo, data, seed, *more):
-        rate = 1e30 if seed == 1 else 0.01
-        demo = replace(demo, training=replace(demo.training, learning_rate=rate))
-        return train_trial(demo, data, seed, *more)
+    def diverging(network, data, levels, training, *more, **options):
+        rates.append(1e30 if rates else 0.01)
+        training = replace(training, learning_rate=rates[-1])
+        return train(network, data, levels, training, *more, **options)
 
-    train_trial = run_demo_synth.train_trial
-    monkeypatch.setattr(run_demo_synth, "train_trial", diverging)
+    rates, train = [], run_demo_synth.train
+    monkeypatch.setattr(run_demo_synth, "train", diverging)
     result = folder.run(SCRIPT, *FLAGS, "--no-batch-norm", "--trials", 2)
     said = f"{SCRIPT}: error: .*flood level .* in epoch 1, with learning rate 1e\\+30"
     assert result.status == 1 and re.fullmatch(said, one_line(result.errors)), result.errors
@@ -264,8 +268,7 @@ def test_a_demo_that_diverges_keeps_its_finished_trials(folder, monkeypatch):
     assert parent.info.status == "FAILED" and not files(folder.path, "*.png")
     assert [run.info.status for run in folder.children(parent)] == ["FINISHED"] * 2
     before = files(folder.path, "**/*")
-    said = folder.refuse("plot.py")
-    assert said.startswith("--output-dir .: a folder with ") and "demo.json" in said
+    assert "demo.json" in folder.refuse("plot.py")
     assert files(folder.path, "**/*") == before
 
 
@@ -274,8 +277,8 @@ def test_a_demo_that_diverges_keeps_its_finished_trials(folder, monkeypatch):
     re.split(
         r";\s+",
         """--flood-levels -0.2; --flood-levels nan; --flood-levels inf; --eval-every 0; --trials 0;
-        --seed -1; --seed 4294967296; --label-noise 1.0; --hidden-units 0; --hidden-layers 0;
-        --learning-rate nan; --learning-rate 0.0; --learning-rate inf; --weight-decay -1.0;
+        --seed -1; --seed 4294967296; --label-noise 1.0; --spiral-noise 0.5; --hidden-units 0;
+        --hidden-layers 0; --learning-rate nan; --learning-rate 0.0; --learning-rate inf; --weight-decay -1.0;
         --momentum 1.0; --momentum -0.1; --optimizer adam --momentum 0.5; --epochs 0;
         --batch-size 0; --batch-size 1; --batch-size 33; --animate --dataset gaussian;
         --output-dir /dev/null/pictures; --output-dir /proc/self; --device cuda""",

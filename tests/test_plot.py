@@ -26,7 +26,6 @@ PARAMETERS = {
     "select_on": "clean", "seed": 4,
 }  # fmt: skip
 SIDES = {"without flooding": (0.0, "#d55e00"), "with flooding": (0.2, "#0072b2")}
-# Those of train.METRICS and a train.Boundary, without the seconds that torch takes.
 METRICS = [f"{split}_{score}" for split in SPLITS for score in SCORES]
 equal = np.testing.assert_allclose
 
@@ -198,21 +197,21 @@ def test_boundaries():
         assert (faces, edges) == (["#ffffff", "#000000"], ["#000000", color, color])
         assert to_hex(unlearned.get_edgecolor()) != color
     assert any(text.endswith("seed 4") for text in said(figure))  # it is one trial's
-    plot.png_files({"picture.png": figure})
+    plot.png(figure)
     assert_nothing_overlaps(figure, drawn=True)
 
 
 def test_boundaries_over_time(monkeypatch):
     """A frame an epoch, with the first trial's losses then; the last one for two seconds more."""
-    seen, png_files = [], plot.png_files
+    seen, png = [], plot.png
 
-    def note(figures, **options):
-        content, [figure] = png_files(figures, **options), figures.values()
+    def note(figure, **options):
+        content = png(figure, **options)
         assert_nothing_overlaps(figure, drawn=True)
         seen.append((said(figure), [axes.collections[0].get_array() for axes in figure.axes]))
         return content
 
-    monkeypatch.setattr(plot, "png_files", note)
+    monkeypatch.setattr(plot, "png", note)
     outcome, boundaries = made_outcome(trials=2), ((2, made_boundary(0.0)), (9, made_boundary()))
     image = Image.open(io.BytesIO(plot.draw_moving_boundary(outcome, boundaries)))
     assert (image.format, image.n_frames, image.size[0], image.info["loop"]) == ("GIF", 2, 800, 0)
@@ -302,7 +301,7 @@ def test_nothing_that_the_user_has_set_reaches_the_pictures():
     for settings in ({}, odd):
         with matplotlib.rc_context(settings):
             curves = plot.draw_demo(outcome, None)["synth_loss.png"]
-            figures = {"curves": curves, "table": plot.draw_table(trials, compare(trials))}
+            figures = curves, plot.draw_table(trials, compare(trials))
             moving = plot.draw_moving_boundary(outcome, [(2, made_boundary())])
-            drawn.append({**plot.png_files(figures), "moving": moving})
+            drawn.append([*map(plot.png, figures), moving])
     assert drawn[0] == drawn[1]

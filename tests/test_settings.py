@@ -73,7 +73,7 @@ def test_help_and_wrong_flags_need_no_heavy_import(script, tmp_path):
 
 def test_a_bar_that_nobody_reads_costs_nothing():
     """As in `script 2>&1 | head -1`."""
-    code = "import settings\nbar = settings.progress_bar(10, 'epoch')\n"
+    code = "import settings\nbar = settings.ProgressBar(10, 'epoch')\n"
     code += "bar.delay = bar.mininterval = 0\nbar.update(5)\nbar.close()"
     reading, writing = os.pipe()
     os.close(reading)
@@ -83,7 +83,7 @@ def test_a_bar_that_nobody_reads_costs_nothing():
 @pytest.mark.parametrize(("rows", "columns", "redirected"), [(0, 0, False), (24, 40, True)])
 def test_the_progress_bar_fits_the_terminal_and_says_the_time_left(rows, columns, redirected):
     """Containers and CI have terminals of 0 rows and 0 columns."""
-    code = "import settings, time\nbar = settings.progress_bar(2000, 'epoch')\n"
+    code = "import settings, time\nbar = settings.ProgressBar(2000, 'epoch')\n"
     code += "bar.set_postfix_str('sinusoid2d, label noise 0.1', refresh=False)\n"
     code += "time.sleep(0.2)\nbar.update(100)"
     ours, theirs = pty.openpty()

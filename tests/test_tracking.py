@@ -19,7 +19,6 @@ from conftest import PICTURES, SMALL, Folder, one_line, wait_until
 from mlflow.exceptions import MlflowException
 from mlflow.server import constants
 
-import run_demo_synth
 from tracking import DemoLog, TableLog, mlflow
 
 SCRIPT = "run_demo_synth.py"
@@ -88,13 +87,12 @@ def test_a_server_that_is_silent_and_then_dies_costs_only_its_log(
     And its password is not in what is shown or logged.
     """
 
-    def trained(demo, data, seed, *more):
-        trial = train_trial(demo, data, seed, *more)
+    def trained(log, seed, *more):
         process.send_signal((signal.SIGSTOP, signal.SIGCONT, signal.SIGKILL)[seed])
-        return trial
+        trial(log, seed, *more)
 
-    train_trial = run_demo_synth.train_trial
-    monkeypatch.setattr(run_demo_synth, "train_trial", trained)
+    trial = DemoLog.trial
+    monkeypatch.setattr(DemoLog, "trial", trained)
     empty_folder.uri, process = server
     result = empty_folder.run(SCRIPT, *FLAGS, "--trials", 3)
     line = one_line(result.errors)  # what it met first
@@ -152,7 +150,7 @@ def test_a_folder_that_was_moved_or_copied_is_refused_before_training(folder, mo
     shutil.move(folder.path / "mlflow.db", old)
     monkeypatch.chdir(old)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
-    with DemoLog({"dataset": "spiral", "trials": 1}, torch.device("cpu")):
+    with DemoLog([], {"dataset": "spiral", "trials": 1}, torch.device("cpu")):
         pass
     shutil.copytree(old, new.path) if copied else old.rename(new.path)
     line = new.refuse(SCRIPT, *FLAGS)
@@ -190,21 +188,23 @@ def test_a_table_goes_on_in_its_parent_though_it_was_deleted(folder, monkeypatch
     def add(log, seed):
         figures = {"last/without_flooding": 0.5 + seed, "best/flood_level": 0.02}
         parameters = {**given, "dataset": "spiral", "seed": seed}
-        log.trial(f"seed {seed}", parameters, (100.0 + seed, 200.5), figures)
+        log.add_child(f"seed {seed}", parameters, figures, (100.0 + seed, 200.5), {})
 
-    with pytest.raises(KeyboardInterrupt), TableLog(given) as log:
+    failures = []
+    with pytest.raises(KeyboardInterrupt), TableLog(failures, given) as log:
         add(log, 1)
         raise KeyboardInterrupt
     [parent] = folder.parents("flooding-table")
     assert parent.info.status == "FAILED"
     folder.client.delete_experiment(parent.info.experiment_id)  # then it is restored
-    with TableLog(dict(reversed(given.items()))) as log:
+    with TableLog(failures, dict(reversed(given.items()))) as log:
         add(log, 0)
         assert statuses(folder.parents("flooding-table")) == ["RUNNING"]
-        log.finish("the table", {"table.csv": b"figures"})
+        log.conclude("the table", {}, {"table.csv": b"figures"})
     assert '--backend-store-uri "$MLFLOW_TRACKING_URI"\n' in log.how_to_look()
-    with TableLog(other):
+    with TableLog(failures, other):
         pass
+    assert not failures
     whole, unfinished = folder.parents("flooding-table")
     assert statuses([whole, unfinished]) == ["FINISHED", "FAILED"]
     assert "the table" in whole.data.tags["mlflow.note.content"]

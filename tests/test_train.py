@@ -15,10 +15,12 @@ import reference
 import train
 from datasets import Data, Dataset, make_dataset
 from models import MLP, stacked_product
-from settings import SPLITS, Model, SettingError, Training
-from train import METRICS, DivergenceError, count_epochs, score_last_and_best
+from settings import SCORES, SPLITS, Model, SettingError, Training
+from train import DivergenceError, count_groups, score_last_and_best
 
 CPU = torch.device("cpu")
+METRICS = [f"{split}_{score}" for split in SPLITS for score in SCORES]
+METRICS += ["train_batch_loss", "train_flooded_fraction_so_far"]
 LEVELS = [0.0, 0.3, 0.6]
 
 
@@ -231,7 +233,7 @@ def test_same_bits_again_also_where_few_epochs_are_evaluated():
     pd.testing.assert_frame_equal(first, second, check_exact=True)
     evaluated = first[first.index.isin([0, 3, 5], level="epoch")]
     pd.testing.assert_frame_equal(evaluated, sparse, check_exact=True)
-    assert len(ticks) == 3 * count_epochs(LEVELS, 5, CPU) == 15
+    assert len(ticks) == 3 * 5 * count_groups(LEVELS, CPU) == 15
     assert torch.equal(torch.get_rng_state(), randomness)
 
 
