@@ -87,13 +87,13 @@ from train import Boundary, DivergenceError, count_groups, find_boundary, prepar
 
 
 def main(demo: Demo) -> None:
-    failures: list[Exception] = []  # after training, each costs only itself
     with ending_on(settings.SettingError, TrackingError, status=2):
         settings.check_output_dir(demo.output_dir)
         device = prepare_process(demo.device)
         batch_size = min(demo.training.batch_size, demo.data.train_samples)
         parameters = {**settings.flat(demo), "batch_size": batch_size, "device": device.type}
-        log = DemoLog(failures, parameters, device)
+        log = DemoLog(parameters, device)
+    failures = log.failures  # after training, each costs only itself
     with log:
         tell(failures, plot.describe(parameters).replace("\n", "; "), f"on {device.type}")
         history, networks = train_trials(demo, device, log)

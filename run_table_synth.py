@@ -141,7 +141,6 @@ TrainedTrial = tuple[Trial, pd.DataFrame, tuple[float, float]]  # its rows; from
 
 def main(table: Table) -> None:
     lock = FileLock(table.output_dir / "table_synth.lock", blocking=False)  # until the process ends
-    failures: list[Exception] = []
     with ending_on(SettingError, TrialsError, TrackingError, status=2):
         settings.check_output_dir(table.output_dir)
         if table.ray:
@@ -161,12 +160,12 @@ def main(table: Table) -> None:
         parameters = {**flat(table), **shared}
         for how in ("trials", "seed", "quick", "ray", "device"):
             del parameters[how]  # it is the same table, however and however far it is trained
-        log = TableLog(failures, {**parameters, "output_dir": str(folder.absolute())})
+        log = TableLog({**parameters, "output_dir": str(folder.absolute())})
     with log:
         trained[table.search] = train_missing(table, trained[table.search], log)
         finish(table, trained, log)
-    tell(failures, log.how_to_look())
-    settings.end_with(failures)
+    tell(log.failures, log.how_to_look())
+    settings.end_with(log.failures)
 
 
 def train_missing(table: Table, trained: pd.DataFrame, log: TableLog) -> pd.DataFrame:

@@ -156,10 +156,10 @@ class ParentRun:
     about: str  # Markdown that every run has, and the experiment with a link to the last children
 
     def __init__(
-        self, failures: list[Exception], name: str, parameters: Mapping[str, object],
-        tags: Mapping[str, str], sort: str, key: str = "",
+        self, name: str, parameters: Mapping[str, object], tags: Mapping[str, str], sort: str,
+        key: str = "",
     ) -> None:  # fmt: skip
-        self.failures, self.seconds_lost, self._unfinished = failures, 0.0, []
+        self.failures, self.seconds_lost, self._unfinished = [], 0.0, []
         self._parameters, self._tags = parameters, {**resolve_tags(), NOTE: self.about, **tags}
         try:
             self._client, self._experiment_id = open_experiment(self.experiment)
@@ -259,13 +259,11 @@ class DemoLog(ParentRun):
 
     experiment, settings_file, about = "flooding-synth", SETTINGS_FILE, DEMO
 
-    def __init__(
-        self, failures: list[Exception], parameters: Mapping[str, object], device: torch.device
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, object], device: torch.device) -> None:
         several = parameters["trials"] > 1
         name = f"{parameters['dataset']}, {parameters['trials']} trial{'s' if several else ''}"
         sort = "seed" if several else "flood_level"
-        super().__init__(failures, name, parameters, provenance(device), sort)
+        super().__init__(name, parameters, provenance(device), sort)
 
     def trial(self, seed: int, times: tuple[float, float], history: pd.DataFrame) -> None:
         """Log a trial that is over, from one time to another in s since 1970."""
@@ -297,7 +295,7 @@ class TableLog(ParentRun):
 
     experiment, settings_file, about = "flooding-table", "table_synth.json", TABLE
 
-    def __init__(self, failures: list[Exception], parameters: Mapping[str, object]) -> None:
+    def __init__(self, parameters: Mapping[str, object]) -> None:
         key = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:16]
-        super().__init__(failures, "table", parameters, {}, "seed", key)
+        super().__init__("table", parameters, {}, "seed", key)
         self.commit = self._tags.get("mlflow.source.git.commit", "")

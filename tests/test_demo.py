@@ -279,8 +279,8 @@ def test_a_demo_that_diverges_keeps_its_finished_trials(folder, monkeypatch):
         """--flood-levels -0.2; --flood-levels nan; --flood-levels inf; --eval-every 0; --trials 0;
         --seed -1; --seed 4294967296; --label-noise 1.0; --spiral-noise 0.5; --hidden-units 0;
         --hidden-layers 0; --learning-rate nan; --learning-rate 0.0; --learning-rate inf;
-        --weight-decay -1.0; --momentum 1.0; --momentum -0.1; --optimizer adam --momentum 0.5; --epochs 0;
-        --batch-size 0; --batch-size 1; --batch-size 33; --animate --dataset gaussian;
+        --weight-decay -1.0; --momentum 1.0; --momentum -0.1; --optimizer adam --momentum 0.5;
+        --epochs 0; --batch-size 0; --batch-size 1; --batch-size 33; --animate --dataset gaussian;
         --output-dir /dev/null/pictures; --output-dir /proc/self; --device cuda""",
     ),
 )

@@ -150,7 +150,7 @@ def test_a_folder_that_was_moved_or_copied_is_refused_before_training(folder, mo
     shutil.move(folder.path / "mlflow.db", old)
     monkeypatch.chdir(old)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
-    with DemoLog([], {"dataset": "spiral", "trials": 1}, torch.device("cpu")):
+    with DemoLog({"dataset": "spiral", "trials": 1}, torch.device("cpu")):
         pass
     shutil.copytree(old, new.path) if copied else old.rename(new.path)
     line = new.refuse(SCRIPT, *FLAGS)
@@ -190,21 +190,20 @@ def test_a_table_goes_on_in_its_parent_though_it_was_deleted(folder, monkeypatch
         parameters = {**given, "dataset": "spiral", "seed": seed}
         log.add_child(f"seed {seed}", parameters, figures, (100.0 + seed, 200.5), {})
 
-    failures = []
-    with pytest.raises(KeyboardInterrupt), TableLog(failures, given) as log:
+    with pytest.raises(KeyboardInterrupt), TableLog(given) as log:
         add(log, 1)
         raise KeyboardInterrupt
     [parent] = folder.parents("flooding-table")
     assert parent.info.status == "FAILED"
     folder.client.delete_experiment(parent.info.experiment_id)  # then it is restored
-    with TableLog(failures, dict(reversed(given.items()))) as log:
+    with TableLog(dict(reversed(given.items()))) as log:
         add(log, 0)
         assert statuses(folder.parents("flooding-table")) == ["RUNNING"]
         log.conclude("the table", {}, {"table.csv": b"figures"})
     assert '--backend-store-uri "$MLFLOW_TRACKING_URI"\n' in log.how_to_look()
-    with TableLog(failures, other):
+    with TableLog(other):
         pass
-    assert not failures
+    assert not log.failures
     whole, unfinished = folder.parents("flooding-table")
     assert statuses([whole, unfinished]) == ["FINISHED", "FAILED"]
     assert "the table" in whole.data.tags["mlflow.note.content"]
