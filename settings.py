@@ -180,7 +180,8 @@ def parse_flags(settings: type[Settings], description: str | None) -> Settings:
     """Make a script's settings, filled, from the command line; a wrong one ends the script.
 
     `description` is the script's docstring, of which `--help` shows the first paragraph; under
-    `python -OO` there is none. The flags of the settings' parts stand beside the script's own.
+    `python -OO` there is none. The flags of the settings' parts stand beside the script's own. From
+    here on no stream stops the script, and signals end it without a traceback.
     """
     mend_streams()
     exit_on_signals()
