@@ -161,6 +161,11 @@ class Data:
         return f"{self.dataset}, label noise {self.label_noise:g}{spiral}"
 
 
+def name_of(dataset: str, spiral_noise: float) -> str:
+    """Return a data set in words."""
+    return f"{dataset}, τ = {spiral_noise:g}" if spiral_noise else dataset
+
+
 def make_dataset(data: Data, seed: int) -> Dataset:
     """Draw the three splits, each from a child stream of its own made from the seed.
 

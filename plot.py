@@ -29,7 +29,7 @@ from PIL import Image
 
 import results
 import settings
-from datasets import DATASETS
+from datasets import DATASETS, name_of
 from results import Outcome
 from train import Boundary
 
@@ -265,8 +265,7 @@ def draw_table(trials: pd.DataFrame, table: pd.DataFrame) -> Figure:
     for (dataset, tau, noise, epoch), scored in trials.groupby(keys, sort=False):
         axes = panels[datasets.index((dataset, tau)), noises.index(noise)]
         _draw_gains(axes, scored, compared.loc[dataset, tau, noise, epoch], *SUBTABLES[epoch])
-        name = f"{dataset}, τ = {tau:g}" if tau else dataset
-        axes.set_title(f"{name}, {100 * noise:g}% label noise", fontsize=10)
+        axes.set_title(f"{name_of(dataset, tau)}, {100 * noise:g}% label noise", fontsize=10)
         axes.set(xlabel="flood level b (nats)", ylabel="gain (points)")
         axes.label_outer()
     axes.set_xlim(0, 1.01 * trials.flood_level.max())
@@ -311,8 +310,6 @@ def _scale(row: Sequence[Axes]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PlotSettings:
-    """Which demo to draw again."""
-
     output_dir: Annotated[Path, settings.flag("DIR")] = Path(".")
     """folder with the files of a demo, where the pictures are saved, too"""
 

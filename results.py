@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import scipy  # its `stats` takes a second, and is loaded where it is first used
 
-from datasets import Data, best_possible_accuracy
+from datasets import Data, best_possible_accuracy, name_of
 from settings import SCORED_EPOCHS, SCORES, SPLITS, Model, Training
 
 DATA = [field.name for field in fields(Data)]
@@ -155,17 +155,6 @@ def paired_gain(name: str, gains: pd.Series) -> dict[str, float]:
     return {f"{name}_{figure}": value for figure, value in figures.items()}
 
 
-def summarize_trial(rows: pd.DataFrame) -> dict[str, float]:
-    """Return what one trial comes to: noisy test accuracies and chosen b, by scored epoch."""
-    table = compare(rows[rows.start == 0], rows)
-    names = ["best_start"] if rows.start.any() else ["with_flooding", "flood_level"]
-    return {
-        f"{row.scored_epoch}/{name}": row[f"{name}_mean"]
-        for _, row in table[table.labels == "noisy"].iterrows()
-        for name in ("without_flooding", *names)
-    }
-
-
 def markdown(table: pd.DataFrame) -> str:
     """Return what `compare` returned as Markdown, accuracies and gains in %."""
     trials = " or ".join(map(str, sorted(table.trials.unique())))
@@ -196,7 +185,7 @@ def _shown(row: pd.Series, starts: int) -> dict[str, str]:
     """Return a row of `compare` as texts, by their titles."""
     best = row.best_possible
     shown = {
-        "data set": name_of(row),
+        "data set": name_of(row.dataset, row.spiral_noise),
         "label noise": f"{100 * row.label_noise:g}%",
         "best possible": "unknown" if math.isnan(best) else f"{100 * best:.1f}",
         "without flooding": mean_and_deviation(row, "without_flooding"),
@@ -210,12 +199,6 @@ def _shown(row: pd.Series, starts: int) -> dict[str, str]:
     return shown
 
 
-def name_of(setting: pd.Series) -> str:
-    """Return a data set in words."""
-    spiral = f", τ = {setting.spiral_noise:g}" if setting.spiral_noise else ""
-    return f"{setting.dataset}{spiral}"
-
-
 def mean_and_deviation(row: pd.Series, name: str, scale: float = 100, digits: int = 1) -> str:
     """Return a mean (standard deviation) of `compare` as text; - is what is not known."""
     mean, deviation = scale * row[f"{name}_mean"], scale * row[f"{name}_std"]
@@ -226,12 +209,17 @@ def mean_and_deviation(row: pd.Series, name: str, scale: float = 100, digits: in
 def gain_and_interval(row: pd.Series, name: str) -> str:
     """Return a gain of `compare` in points, with interval and adjusted p as far as it has them."""
     figures = (100 * row[f"{name}_{figure}"] for figure in ("mean", "low", "high"))
-    mean, low, high = (round(figure, 1) + 0.0 for figure in figures)  # no minus before zero
     p = row[f"{name}_p_adjusted"]
-    text = "-" if math.isnan(mean) else f"{mean:+.1f}"
-    text += "" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
-    text += "" if math.isnan(p) else f", p {p:.3f}" if p >= 0.001 else ", p < 0.001"
+    text = interval(*figures, p)
     return f"**{text}**" if p < SIGNIFICANCE else text
+
+
+def interval(mean: float, low: float, high: float, p: float, digits: int = 1) -> str:
+    """Return a difference with its interval and adjusted p as text, as far as they are known."""
+    mean, low, high = (round(float(figure), digits) + 0.0 for figure in (mean, low, high))  # no -0
+    text = "-" if math.isnan(mean) else f"{mean:+.{digits}f}"
+    text += "" if math.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return text + ("" if math.isnan(p) else f", p {p:.3f}" if p >= 0.001 else ", p < 0.001")
 
 
 def table_rows(lines: Sequence[Mapping[str, str]]) -> str:

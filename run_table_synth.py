@@ -183,7 +183,7 @@ def train_missing(table: Table, trained: pd.DataFrame, log: TableLog) -> pd.Data
         for trial, rows, times in train_trials(table, missing, bar):
             trained = results.add_trials(trained, rows.assign(commit=log.commit))
             results.write_files({FILES[table.search]: csv_bytes(trained)}, table.output_dir)
-            log.add_child(str(trial), flat(trial), results.summarize_trial(rows), times, {})
+            log.add_child(str(trial), flat(trial), summarize_trial(rows), times, {})
     return trained
 
 
@@ -244,6 +244,17 @@ def train_trial(
     )  # fmt: skip
     rows = rows.assign(**flat(trial), **table.shared(), **provenance(device))
     return trial, rows, (started, time.time())
+
+
+def summarize_trial(rows: pd.DataFrame) -> dict[str, float]:
+    """Return what one trial comes to: noisy test accuracies and chosen b, by scored epoch."""
+    table = results.compare(rows[rows.start == 0], rows)
+    names = ["best_start"] if rows.start.any() else ["with_flooding", "flood_level"]
+    return {
+        f"{row.scored_epoch}/{name}": row[f"{name}_mean"]
+        for _, row in table[table.labels == "noisy"].iterrows()
+        for name in ("without_flooding", *names)
+    }
 
 
 def start_generator(seed: int, start: int) -> torch.Generator:

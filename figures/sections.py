@@ -13,7 +13,9 @@ import pandas as pd
 import recount
 from recount import ACCURACY, LOSS, SETTING, TIES, Raw, gain, summarize
 
-from results import SIGNIFICANCE, name_of, table_rows
+import results
+from datasets import name_of
+from results import SIGNIFICANCE, table_rows
 from settings import SCORED_EPOCHS
 
 LETTERS = dict(zip(SCORED_EPOCHS, "AB"))
@@ -28,11 +30,8 @@ def number(value: float, digits: int = 1, sign: bool = False) -> str:
 
 def interval(row: Mapping[str, float], scale: float = 100, digits: int = 1, p: str = "") -> str:
     """Return a difference with its interval and, under the name `p`, an adjusted p-value."""
-    mean, low, high = (number(scale * row[name], digits, True) for name in ("mean", "low", "high"))
-    text = mean if low == "-" else f"{mean} [{low}, {high}]"
-    if not p or math.isnan(row[p]):
-        return text
-    return f"{text}, p {row[p]:.3f}" if row[p] >= 0.001 else f"{text}, p < 0.001"
+    figures = (scale * row[name] for name in ("mean", "low", "high"))
+    return results.interval(*figures, row[p] if p else math.nan, digits)
 
 
 def shown(summary: pd.DataFrame, scale: float = 100, digits: int = 1, p: str = "") -> pd.Series:
@@ -65,7 +64,7 @@ def by_setting(columns: Mapping[str, pd.Series]) -> str:
     lines = []
     for index, row in table[(table != "-").any(axis=1)].iterrows():
         data = pd.Series(index, order.names)
-        name = name_of(data)
+        name = name_of(data.dataset, data.spiral_noise)
         name += f", {100 * data.label_noise:g}%" if "label_noise" in data else ""
         lines.append({"setting": name, **row})
     return table_rows(lines)
