@@ -43,7 +43,9 @@ over all candidates. The rule was fixed before training: three trials of each of
 then ten of the two nearest; the smaller distance wins, and a difference below 4 goes to the
 released network with the released sizes, 200 examples in one batch. The right network's distance
 would be 19.5 on average with three trials, and 9 with ten. Since these rows choose the network,
-that the table agrees with them is no evidence for it."""
+that the table agrees with them is no evidence for it. A candidate is trained by `run_table_synth.py
+--dataset gaussian --flood-step 0.02` with `--hidden-layers`, `--no-batch-norm`, `--train-samples`,
+`--val-samples` and `--batch-size` as the row says, into a folder of `figures/candidates`."""
 VERSION_1 = """\
 Version 1 of these figures (five plain hidden layers; Gaussians and spiral with 200 examples;
 batches of 100; in this repository's history) missed the quoted rows: on the Gaussians with 10%
