@@ -96,7 +96,7 @@ def train(
     check_flood_levels(flood_levels)
     training.check_batches(len(data.train.noisy_labels), network.model.batch_norm)
     models = pd.DataFrame({"start": 0 if starts is None else starts, "flood_level": flood_levels})
-    scored = {name: getattr(data, name) for name in splits}
+    scored = {name: to_device(getattr(data, name), device) for name in splits}
     order = generator.get_state()
     for group in np.array_split(np.arange(len(models)), count_groups(flood_levels, device)):
         group = models.iloc[group]
@@ -139,8 +139,8 @@ def train_epochs(
     and the share of all losses until now that were below the level [K].
     """
     device = next(network.parameters()).device
-    inputs = torch.from_numpy(split.inputs).to(device)
-    labels = torch.from_numpy(split.noisy_labels).to(device)
+    split = to_device(split, device)
+    inputs, labels = split.inputs, split.noisy_labels
     b = torch.tensor(list(flood_levels), dtype=torch.float32, device=device)  # [K]
     optimizer = make_optimizer(network, training)
     generator = torch.Generator().set_state(order)
@@ -179,13 +179,17 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.mT, labels, reduction="none")
 
 
+def to_device(split: Split, device: torch.device) -> Split:
+    """Return a split of tensors on the device, which on a CPU share its memory."""
+    return Split(**{name: torch.from_numpy(of).to(device) for name, of in vars(split).items()})
+
+
 def score(network: MLP, name: str, split: Split) -> dict[str, Tensor]:
-    """Return a split's loss and accuracy against both labels, [K] each."""
-    device = next(network.parameters()).device
-    logits, scores = evaluate(network, torch.from_numpy(split.inputs).to(device)), {}
+    """Return the loss and accuracy of a split on the device, against both labels, [K] each."""
+    logits, scores = evaluate(network, split.inputs), {}
     predictions = logits.argmax(dim=-1)  # [n, K]
     for kind in ("noisy", "clean"):
-        labels = torch.from_numpy(getattr(split, f"{kind}_labels")).to(device)
+        labels = getattr(split, f"{kind}_labels")
         correct = predictions == labels[:, None]
         scores[f"{name}_loss_{kind}"] = cross_entropy(logits, labels).mean(dim=0)
         scores[f"{name}_accuracy_{kind}"] = correct.sum(dim=0).double() / len(labels)
@@ -229,6 +233,7 @@ def score_last_and_best(
     scored, and the SCORES of validation and test split. Raises what `train` raises.
     """
     training = training.filled()
+    val, test = (to_device(split, device) for split in (data.val, data.test))
     rows = {scored_epoch: [] for scored_epoch in SCORED_EPOCHS}
     arguments = network, data, flood_levels, training, device, generator, starts, ("val",)
     for epochs in train(*arguments, on_epoch=on_epoch):
@@ -243,7 +248,7 @@ def score_last_and_best(
         for scored_epoch, models, scored in (
             ("last", now.metrics, now.network), ("best", best, best_network)
         ):  # fmt: skip
-            scores = score(scored, "val", data.val) | score(scored, "test", data.test)
+            scores = score(scored, "val", val) | score(scored, "test", test)
             models = models[["start", "flood_level", "epoch"]]
             rows[scored_epoch].append(_fetch(scores, models, training))
     return pd.concat(
