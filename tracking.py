@@ -172,8 +172,10 @@ class ParentRun:
                 self._create(name, {"key": key} if key else {}, parameters, time.time())
             self._id = self._unfinished[0]
             self._add_files({self.settings_file: json.dumps(parameters, indent=1).encode()})
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C, too
             self.__exit__()
+            if not isinstance(error, Exception):
+                raise
             raise TrackingError(explain(error)) from error
         runs = f"#/experiments/{self._experiment_id}/runs?workflowType=machine_learning"
         children = f"&compareRunsMode=CHART&searchFilter=tags.`{PARENT}` = '{self._id}'"
@@ -183,16 +185,17 @@ class ParentRun:
     def __enter__(self) -> ParentRun:
         return self
 
-    @trying
     def __exit__(self, *raised: object) -> None:
         """Mark what is not finished; the store may be what has failed, and is asked once."""
         before = dict(os.environ)
         os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
-        try:
-            for run_id in self._unfinished:
-                self._client.set_terminated(run_id, "FAILED")
-        finally:
-            os.environ |= before
+        for run_id in self._unfinished:
+            self._fail(run_id)
+        os.environ |= before
+
+    @trying
+    def _fail(self, run_id):
+        self._client.set_terminated(run_id, "FAILED")
 
     def _create(self, name, tags, parameters, began):
         """Make a run that began then, in s since 1970; return its id."""

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from unittest.mock import Mock
 
 import mlflow.environment_variables as mlflow_settings
 import pytest
@@ -178,6 +179,25 @@ def test_a_run_that_is_refused_costs_only_itself(folder, monkeypatch):
     [parent] = folder.parents()
     assert statuses(folder.children(parent)) == ["FINISHED", "FINISHED", "FAILED", "FINISHED"]
     assert parent.info.status == "FINISHED" and "<- chosen" in result.output
+
+
+def test_whatever_ends_a_demo_early_no_run_stays_running(folder, monkeypatch):
+    """Ctrl-C while it is opened; a child that the store would not even mark."""
+
+    def refuse_children(self, run_id, *how):
+        if "mlflow.parentRunId" in self.get_run(run_id).data.tags:
+            raise MlflowException("not this one")
+        set_terminated(self, run_id, *how)
+
+    set_terminated = mlflow.MlflowClient.set_terminated
+    monkeypatch.setattr(mlflow.MlflowClient, "set_terminated", refuse_children)
+    monkeypatch.setattr("run_demo_synth.conclude", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        folder.run(SCRIPT, *FLAGS)
+    monkeypatch.setattr(mlflow.MlflowClient, "log_artifact", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        folder.run(SCRIPT, *FLAGS)
+    assert statuses(folder.parents()) == ["FAILED", "FAILED"]
 
 
 def test_a_table_goes_on_in_its_parent_though_it_was_deleted(folder, monkeypatch):
