@@ -8,10 +8,10 @@ of their own, and `table_synth_starts.csv` has them: what the choice among train
 
 from __future__ import annotations
 
-import importlib.util
-import socket
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -66,14 +66,14 @@ class Table:
     """show the shape of the result sooner: fewer trials and flood levels"""
     search: Literal["levels", "starts"] = "levels"
     """train a network at each flood level, or as many without flooding, each from other weights"""
-    ray: Annotated[str | None, flag("local|ADDRESS", "(default: one after the other)")] = None
-    """train trials side by side, with Ray on this machine or on the cluster at this address"""
+    workers: settings.Count = 1
+    """trials that are trained side by side, each in a process of its own"""
     seed: settings.Seed = 0
     device: settings.DeviceName = "auto"
     output_dir: settings.OutputDir = Path(".")
 
     def __post_init__(self) -> None:
-        settings.check_counts(self, "trials")
+        settings.check_counts(self, "trials", "workers")
         settings.check_seed(self.seed)
         for name in ("dataset", "label_noise", "spiral_noise"):
             check(len(getattr(self, name)) > 0, name, "", "at least one")
@@ -81,8 +81,6 @@ class Table:
         check(0 < highest < 100, "flood_max", highest, "a number of nats in (0, 100)")
         fits = step is None or 0.0001 <= step <= highest
         check(fits, "flood_step", step, f"from 0.0001 to --flood-max {highest:g}")
-        there = self.ray is None or importlib.util.find_spec("ray")
-        check(there, "ray", self.ray, "only with Ray: pip install ray")
         for data in self.list_settings():
             self.training.check_batches(data.train_samples, self.model.batch_norm)
 
@@ -122,6 +120,7 @@ class Table:
 if __name__ == "__main__":  # before the heavy imports: --help and Ctrl-C are answered at once
     TABLE = settings.parse_flags(Table, __doc__)
 
+import joblib
 import numpy as np
 import pandas as pd
 import torch
@@ -143,10 +142,7 @@ def main(table: Table) -> None:
     lock = FileLock(table.output_dir / "table_synth.lock", blocking=False)  # until the process ends
     with ending_on(SettingError, TrialsError, TrackingError, status=2):
         settings.check_output_dir(table.output_dir)
-        if table.ray:
-            start_ray(table.ray)
-        else:
-            prepare_process(table.device)
+        prepare_process(table.device)
         try:
             lock.acquire()
         except Timeout as error:
@@ -158,7 +154,7 @@ def main(table: Table) -> None:
             for search, name in FILES.items()
         }
         parameters = {**flat(table), **shared}
-        for how in ("trials", "seed", "quick", "ray", "device"):
+        for how in ("trials", "seed", "quick", "workers", "device"):
             del parameters[how]  # it is the same table, however and however far it is trained
         log = TableLog({**parameters, "output_dir": str(folder.absolute())})
     with log:
@@ -177,7 +173,7 @@ def train_missing(table: Table, trained: pd.DataFrame, log: TableLog) -> pd.Data
     tell(log.failures, f"{len(wanted)} trials of {models} {table.search}, {before} trained before")
     with (
         ending_on(SettingError, status=2),
-        ending_on(DivergenceError, OSError),
+        ending_on(DivergenceError, BrokenProcessPool, OSError),
         settings.ProgressBar(len(missing), "trial", digits=1) as bar,
     ):
         for trial, rows, times in train_trials(table, missing, bar):
@@ -206,31 +202,23 @@ def finish(table: Table, trained: dict[str, pd.DataFrame], log: TableLog) -> Non
 
 
 def train_trials(table: Table, trials: Sequence[Trial], bar: tqdm) -> Iterator[TrainedTrial]:
-    """Train trials one after the other in this process, or side by side with Ray, in any order."""
-    if not table.ray:
+    """Train trials one after the other in this process, or side by side in others, in any order."""
+    if table.workers == 1:
         for trial in trials:
             bar.set_postfix_str(str(trial), refresh=False)
             yield train_trial(table, trial, bar.update)
         return
-    import ray
-
-    gpus = int(table.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
-    # Two trials of one thread each are trained faster than one after the other with two threads.
-    remote = ray.remote(train_trial).options(num_cpus=1, num_gpus=gpus)
-    waiting = [remote.remote(table, trial) for trial in trials]
-    while waiting:
-        [done], waiting = ray.wait(waiting)
-        try:
-            yield ray.get(done)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from error
+    warnings.filterwarnings("ignore", module="joblib")  # which tells what a stop has cancelled
+    jobs = (joblib.delayed(train_trial)(table, trial) for trial in trials)
+    for trained in joblib.Parallel(table.workers, return_as="generator_unordered")(jobs):
+        yield trained
         bar.update()
 
 
 def train_trial(
     table: Table, trial: Trial, on_progress: Callable[[float], object] = lambda share: None
 ) -> TrainedTrial:
-    """Train a trial in this process, one of Ray's or the only one."""
+    """Train a trial in this process, a worker or the only one."""
     started = time.time()
     device = prepare_process(table.device)
     data = make_dataset(trial.data, trial.seed)
@@ -266,22 +254,6 @@ def start_generator(seed: int, start: int) -> torch.Generator:
     if start > 0:
         seed = int(np.random.SeedSequence((seed, start)).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(seed)
-
-
-def start_ray(address: str) -> None:
-    """Join Ray, and send it this code; SettingError if there is no Ray at that address."""
-    import ray
-
-    unneeded = [".git", ".venv", "figures", "tests", "mlruns", "mlartifacts", "*.db"]
-    code = {"working_dir": str(Path(__file__).parent), "excludes": unneeded}
-    try:
-        host, _, port = address.removeprefix("ray://").rpartition(":")
-        if port.isdecimal():  # where nothing answers, Ray would ask for twelve minutes
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        ray.init(address, runtime_env=code, log_to_driver=False, logging_level="ERROR")
-    except (OSError, OverflowError, ValueError, RuntimeError) as error:
-        raise SettingError("ray", address, f"local, or a running cluster's ({error})") from error
-    settings.exit_on_signals()  # Ray has set handlers of its own
 
 
 if __name__ == "__main__":

@@ -190,7 +190,11 @@ def parse_flags(settings: type[Settings], description: str | None) -> Settings:
         os.environ["COLUMNS"] = "40"  # in less tyro may never end
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff)
     with ending_on(SettingError, status=2):
-        made = tyro.cli(settings, description=first, config=config)
+        try:
+            made = tyro.cli(settings, description=first, config=config)
+        except BrokenPipeError:  # --help | head
+            _silence(sys.stdout)
+            sys.exit()
         return made.filled() if hasattr(made, "filled") else made
 
 

@@ -71,13 +71,15 @@ def test_help_and_wrong_flags_need_no_heavy_import(script, tmp_path):
     assert not list(folder.iterdir())
 
 
-def test_a_bar_that_nobody_reads_costs_nothing():
-    """As in `script 2>&1 | head -1`."""
+def test_what_nobody_reads_costs_nothing():
+    """As in `script --help | head -1` and `script 2>&1 | head -1`."""
     code = "import settings\nbar = settings.ProgressBar(10, 'epoch')\n"
     code += "bar.delay = bar.mininterval = 0\nbar.update(5)\nbar.close()"
     reading, writing = os.pipe()
     os.close(reading)
     python("-c", code, stderr=writing, check=True)
+    streams = {"stdout": writing, "stderr": subprocess.PIPE}
+    assert not python("run_demo_synth.py", "--help", **streams, check=True).stderr
 
 
 @pytest.mark.parametrize(("rows", "columns", "redirected"), [(0, 0, False), (24, 40, True)])
