@@ -1,9 +1,7 @@
-"""What MLflow keeps of the experiments.
+"""What MLflow keeps of the experiments, a demo (`DemoLog`) and a table (`TableLog`).
 
-A demo is a run that has its result, with a child for each flood level of each trial; a table is a
-run that has its files, with a child for each trained trial. Children are written when their trial
-is over. The store is what MLFLOW_TRACKING_URI says, else `sqlite:///mlflow.db` in the current
-folder, which is what a bare `mlflow ui` there opens.
+Children are written when their trial is over. The store is what MLFLOW_TRACKING_URI says, else
+`sqlite:///mlflow.db` in the current folder, which is what a bare `mlflow ui` there opens.
 """
 
 from __future__ import annotations
@@ -232,9 +230,8 @@ class ParentRun:
         times: tuple[float, float], tags: Mapping[str, str],
     ) -> None:  # fmt: skip
         """Write a child, from one time to another in s since 1970; the experiment leads to it."""
-        parameters = {**self._parameters, **parameters}
-        run_id = self._create(name, {PARENT: self._id, **tags}, parameters, times[0])
-        self._finish(run_id, figures, times[1])
+        tags, parameters = {PARENT: self._id, **tags}, {**self._parameters, **parameters}
+        self._finish(self._create(name, tags, parameters, times[0]), figures, times[1])
         lead = f"Training with and without flooding, [**the last runs**]({self._page})."
         self._client.set_experiment_tag(self._experiment_id, NOTE, f"{lead}\n\n{self.about}")
 
@@ -252,9 +249,9 @@ class ParentRun:
         uri, page = shown_uri(), self._page
         if tracking_uri().startswith("http"):
             return f"Charts: {uri.rstrip('/')}/{page}"
-        command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri"]
+        command = f"{shlex.quote(sys.executable)} -m mlflow ui --workers 1 --backend-store-uri"
         quoted = f'"{uri}"' if uri.startswith("$") else shlex.quote(uri)
-        return f"Charts: {shlex.join(command)} {quoted}\nand open http://127.0.0.1:5000/{page}"
+        return f"Charts: {command} {quoted}\nand open http://127.0.0.1:5000/{page}"
 
 
 class DemoLog(ParentRun):
@@ -278,9 +275,8 @@ class DemoLog(ParentRun):
             figures = {shown: rows[metric] for metric, shown in NAMES.items()}
             figures |= {shown: best[metric] for metric, shown in BEST_NAMES.items()}
             color = {"mlflow.runColor": COLORS[min(rank, len(COLORS) - 1)]}
-            began = times[0] - rank / 1000  # the page has the latest first
-            own = {"flood_level": level, "seed": seed}
-            self.add_child(name, own, figures, (began, times[1]), color)
+            lasted = times[0] - rank / 1000, times[1]  # the page has the latest first
+            self.add_child(name, {"flood_level": level, "seed": seed}, figures, lasted, color)
 
     def finish(self, outcome: Outcome, files: Mapping[str, bytes]) -> None:
         """Keep the result: clean test scores, and the files that pictures are drawn from."""

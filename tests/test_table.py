@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import PROJECT, Folder, one_line, parse, wait_until
+from conftest import Folder, one_line, parse
 
 import run_table_synth
 from datasets import Data, make_dataset
@@ -174,37 +172,21 @@ def test_what_stops_a_table_costs_no_finished_trial(whole, folder, monkeypatch):
     assert_same_files(folder, whole, (TRIALS_FILE, *PRINTED[:2]))
 
 
-def test_side_by_side_equals_one_after_the_other(whole, folder):
+def test_side_by_side_equals_one_after_the_other(whole, folder, monkeypatch):
+    """Also when it goes on after a signal; what a worker raises is one line."""
+    with monkeypatch.context() as patch:
+        patch.setattr("results.add_trials", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        stopped = folder.run(SCRIPT, *SMALL, "--workers", 2)
+    assert (stopped.status, stopped.errors) == (128 + signal.SIGTERM, "\nstopped by SIGTERM\n")
     folder.succeed(SCRIPT, *SMALL, "--workers", 2)
     assert_same_files(folder, whole, [TRIALS_FILE, *PRINTED])
-
-
-def test_a_divergence_in_a_worker_is_one_line(folder):
-    flags = ("--optimizer", "sgd", "--learning-rate", 1e30, "--epochs", 2)
+    flags = ("--optimizer", "sgd", "--learning-rate", 1e30, "--output-dir", "diverged")
     result = folder.run(SCRIPT, *SMALL, *flags, "--workers", 2)
     line = one_line(result.errors)
     assert line.startswith("run_table_synth.py: error: ") and "in epoch 1" in line
-    assert [run.info.status for run in folder.parents("flooding-table")] == ["FAILED"]
-    assert result.status == 1 and not trained(folder)
-
-
-def test_sigterm_ends_a_table_and_its_workers(folder):
-    command = [sys.executable, PROJECT / SCRIPT, *SMALL, "--epochs", 300, "--workers", 2]
-    table = subprocess.Popen(
-        [*map(str, command)],
-        cwd=folder.path,
-        env={**os.environ, "MLFLOW_TRACKING_URI": folder.uri},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        wait_until(lambda: trained(folder) >= 1, 200)
-        table.send_signal(signal.SIGTERM)
-        _, errors = table.communicate(timeout=30)  # until the workers have left the stream, too
-    finally:
-        table.kill()
-    assert (table.returncode, errors) == (128 + signal.SIGTERM, "\nstopped by SIGTERM\n")
+    assert result.status == 1 and not list(folder.path.glob("diverged/*.csv"))
+    parents = folder.parents("flooding-table")
+    assert [run.info.status for run in parents] == ["FINISHED", "FAILED"]
 
 
 def test_other_trials_are_added_and_none_is_lost(whole, folder):
