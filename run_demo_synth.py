@@ -88,8 +88,8 @@ from train import Boundary, DivergenceError, count_groups, find_boundary, prepar
 
 def main(demo: Demo) -> None:
     with ending_on(settings.SettingError, TrackingError, status=2):
-        settings.check_output_dir(demo.output_dir)
         device = prepare_process(demo.device)
+        settings.check_output_dir(demo.output_dir)
         batch_size = min(demo.training.batch_size, demo.data.train_samples)
         parameters = {**settings.flat(demo), "batch_size": batch_size, "device": device.type}
         log = DemoLog(parameters, device)

@@ -81,6 +81,8 @@ class Table:
         check(0 < highest < 100, "flood_max", highest, "a number of nats in (0, 100)")
         fits = step is None or 0.0001 <= step <= highest
         check(fits, "flood_step", step, f"from 0.0001 to --flood-max {highest:g}")
+        for tau in self.spiral_noise:
+            check(tau == 0 or "spiral" in self.dataset, "spiral_noise", tau, "only with the spiral")
         for data in self.list_settings():
             self.training.check_batches(data.train_samples, self.model.batch_norm)
 
@@ -141,8 +143,8 @@ TrainedTrial = tuple[Trial, pd.DataFrame, tuple[float, float]]  # its rows; from
 def main(table: Table) -> None:
     lock = FileLock(table.output_dir / "table_synth.lock", blocking=False)  # until the process ends
     with ending_on(SettingError, TrialsError, TrackingError, status=2):
-        settings.check_output_dir(table.output_dir)
         prepare_process(table.device)
+        settings.check_output_dir(table.output_dir)
         try:
             lock.acquire()
         except Timeout as error:
@@ -155,7 +157,7 @@ def main(table: Table) -> None:
         }
         parameters = {**flat(table), **shared}
         for how in ("trials", "seed", "quick", "workers", "device"):
-            del parameters[how]  # it is the same table, however and however far it is trained
+            del parameters[how]  # the same is trained, however and however far
         log = TableLog({**parameters, "output_dir": str(folder.absolute())})
     with log:
         trained[table.search] = train_missing(table, trained[table.search], log)
@@ -249,10 +251,10 @@ def start_generator(seed: int, start: int) -> torch.Generator:
     """Return the generator of a start's initial weights.
 
     Start 0 is the trial's own: seeded with the trial's seed, it draws the mini-batches, too. Start
-    k > 0 is seeded with the 64 bits that NumPy's SeedSequence makes of (seed, k).
+    k > 0 is seeded with the 32 bits that NumPy's SeedSequence makes of (seed, k).
     """
-    if start > 0:
-        seed = int(np.random.SeedSequence((seed, start)).generate_state(1, np.uint64)[0])
+    if start > 0:  # PyTorch's generator for CPUs has no more than 32 bits of a seed
+        seed = int(np.random.SeedSequence((seed, start)).generate_state(1)[0])
     return torch.Generator().manual_seed(seed)
 
 

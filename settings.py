@@ -1,10 +1,10 @@
 """What an experiment is made of, the command lines made from it, and how a script ends.
 
 A setting is said once: here, in `datasets.Data`, or, if one script alone has it, at the top of that
-script. Its name is the flag, the string under it the flag's help (tyro reads both). A script's
-settings *have* these parts; each part checks itself when it is made and raises SettingError,
-without any heavy import. A setting whose default hangs on others is None until `filled()` makes a
-copy that has it.
+script; a table, which has several values of some of `Data`'s, says these anew. Its name is the
+flag, the string under it (or in `flag`) the flag's help: tyro reads them. A script's settings
+*have* these parts; each part checks itself when it is made and raises SettingError, without any
+heavy import. A setting whose default hangs on others is None until `filled()` makes a copy with it.
 """
 
 from __future__ import annotations

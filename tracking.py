@@ -118,7 +118,7 @@ def open_experiment(name: str) -> tuple[mlflow.MlflowClient, str]:
         experiment = mlflow.set_experiment(name)
     folder = Path(experiment.artifact_location.removeprefix("file://"))
     here = file.parent / "mlruns" / experiment.experiment_id
-    copied = here.exists() and here.resolve() != folder.resolve()
+    copied = file.is_absolute() and here.exists() and here.resolve() != folder.resolve()
     if folder.is_absolute() and (copied or not folder.parent.parent.exists()):
         mend = "and are not any more: move it back, or take another MLFLOW_TRACKING_URI"
         raise FileNotFoundError(f"the files of {name} were in {folder}, {mend}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,35 +98,30 @@ def train(
     models = pd.DataFrame({"start": 0 if starts is None else starts, "flood_level": flood_levels})
     scored = {name: to_device(getattr(data, name), device) for name in splits}
     order = generator.get_state()
-    for group in np.array_split(np.arange(len(models)), count_groups(flood_levels, device)):
-        group = models.iloc[group]
+
+    def train_group(group: pd.DataFrame) -> Iterator[Evaluation]:
         copies = network.select(list(group.start)).to(device)
         epochs = train_epochs(copies, data.train, group.flood_level, training, order)
-        yield _evaluate(copies, epochs, scored, group, training, eval_every, on_epoch)
+        for epoch, batch_loss, flooded_fraction in epochs:
+            metrics = {"train_batch_loss": batch_loss} if epoch > 0 else {}
+            due = epoch % eval_every == 0 or epoch == training.epochs
+            if due:
+                for name, split in scored.items():
+                    metrics |= score(copies, name, split)
+                metrics["train_flooded_fraction_so_far"] = flooded_fraction
+            fetched = _fetch(metrics, group.assign(epoch=epoch), training)
+            if epoch > 0:
+                on_epoch()
+            if due:
+                yield Evaluation(epoch, fetched, copies)
+
+    for group in np.array_split(np.arange(len(models)), count_groups(flood_levels, device)):
+        yield train_group(models.iloc[group])
 
 
 def count_groups(models: Sequence, device: torch.device) -> int:
     """Return in how many groups `train` trains models: as few as the device allows."""
     return math.ceil(len(models) / MODELS_AT_ONCE[device.type])
-
-
-def _evaluate(
-    network: MLP, epochs: Iterator[tuple[int, Tensor, Tensor]], splits: Mapping[str, Split],
-    models: pd.DataFrame, training: Training, eval_every: int, on_epoch: Callable[[], object],
-) -> Iterator[Evaluation]:  # fmt: skip
-    """Score a group of models after its epochs."""
-    for epoch, batch_loss, flooded_fraction in epochs:
-        metrics = {"train_batch_loss": batch_loss} if epoch > 0 else {}
-        due = epoch % eval_every == 0 or epoch == training.epochs
-        if due:
-            for name, split in splits.items():
-                metrics |= score(network, name, split)
-            metrics["train_flooded_fraction_so_far"] = flooded_fraction
-        fetched = _fetch(metrics, models.assign(epoch=epoch), training)
-        if epoch > 0:
-            on_epoch()
-        if due:
-            yield Evaluation(epoch, fetched, network)
 
 
 def train_epochs(

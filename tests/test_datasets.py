@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from datasets import DATASETS, Data, Dataset, Split, best_possible_accuracy, make_dataset
-from settings import FIGURES_VERSION, SPLITS, SettingError
+from settings import FIGURES_VERSION, SPLITS
 
 SIZES = dict.fromkeys(("gaussian", "spiral"), (200, 200, 20_000))  # 100, 100, 10 000 per class
 SIZES |= dict.fromkeys(("sinusoid", "sinusoid2d"), (100, 100, 20_000))
@@ -148,16 +148,3 @@ def test_best_possible_accuracy():
     assert best("spiral") == best("sinusoid") == best("sinusoid2d") == 0.9
     assert best("sinusoid", test_samples=15) == pytest.approx(14 / 15)  # one is flipped
     assert np.isnan(best("spiral", spiral_noise=1.0))
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("label_noise", value) for value in (1.0, -0.1, np.nan)),
-        *(("spiral_noise", value) for value in (-1.0, np.inf)),
-        *(("dataset", "moons"), ("train_samples", 0), ("test_samples", -3)),
-    ],
-)
-def test_bad_settings_name_the_setting_and_the_value(name, value):
-    with pytest.raises(SettingError, match=f"^{name} .*{value}"):
-        Data(**{"dataset": "spiral", "label_noise": 0.1, name: value})

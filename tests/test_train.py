@@ -237,35 +237,25 @@ def test_same_bits_again_also_where_few_epochs_are_evaluated():
     assert torch.equal(torch.get_rng_state(), randomness)
 
 
-@pytest.mark.parametrize("eval_every", [1, 100])
-def test_divergence_names_level_epoch_and_learning_rate(eval_every):
-    network, generator = network_and_generator(batch_norm=False)
-    arguments = network, small_data(), [0.5], training(learning_rate=1e30), CPU, generator
-    with pytest.raises(DivergenceError, match=r"flood level 0\.5: .* epoch 1.*rate 1e\+30"):
-        train_all(*arguments, eval_every=eval_every)
-
-
-def test_a_split_whose_loss_is_not_finite_is_a_divergence():
+def test_divergence_names_level_epoch_and_learning_rate():
     data = small_data()
-    data.test.inputs[3] = np.inf
     network, generator = network_and_generator(batch_norm=False)
+    arguments = network, data, [0.5], training(learning_rate=1e30), CPU, generator
+    for eval_every in (1, 100):
+        with pytest.raises(DivergenceError, match=r"flood level 0\.5: .* epoch 1.*rate 1e\+30"):
+            train_all(*arguments, eval_every=eval_every)
+    data.test.inputs[3] = np.inf
     with pytest.raises(DivergenceError, match="test_loss_noisy is nan"):
         score_last_and_best(network, data, [0.5], training(), CPU, generator)
 
 
-@pytest.mark.parametrize(
-    ("level", "batch_size", "named"),
-    [
-        *((level, 8, "flood_levels") for level in (-0.1, math.nan, math.inf)),
-        (0.5, 29, "batch_size"),
-    ],
-)
-def test_what_cannot_be_trained_is_refused(level, batch_size, named):
+def test_what_cannot_be_trained_is_refused():
     """A batch size of 29 leaves one of 30 examples alone."""
     network, generator = network_and_generator(batch_norm=True)
-    settings = training(batch_size=batch_size)
-    with pytest.raises(SettingError, match=named):
-        train_all(network, small_data(), [0.0, level], settings, CPU, generator)
+    for level, batch_size, named in ((-0.1, 8, "flood_levels"), (0.5, 29, "batch_size")):
+        settings = training(batch_size=batch_size)
+        with pytest.raises(SettingError, match=named):
+            train_all(network, small_data(), [0.0, level], settings, CPU, generator)
 
 
 def test_the_boundary_is_the_networks():
