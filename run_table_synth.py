@@ -40,7 +40,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """All of a table: the paper's section 4.1, with network and sizes of the released code."""
+    """All of a table: the paper's section 4.1, with the network and sizes nearest to its rows."""
 
     dataset: tuple[DatasetName, ...] = ("gaussian", "sinusoid2d", "spiral")
     """data sets"""
@@ -48,13 +48,13 @@ class Table:
     """fractions of labels that are flipped: int(FRACTION * n) of the n labels of each split"""
     spiral_noise: Annotated[tuple[float, ...], flag("TAU [TAU ...]")] = (0.0,)
     """standard deviations of the points around the arms of the spiral (the paper's tau)"""
-    train_samples: SplitSize = None
+    train_samples: settings.Count = 200
     """training examples in all"""
-    val_samples: SplitSize = None
+    val_samples: settings.Count = 200
     """validation examples in all"""
     test_samples: SplitSize = None
     """test examples in all"""
-    model: Model = Model()
+    model: Model = Model(hidden_layers=5)
     training: Training = Training(optimizer="adam", batch_size=200, epochs=500)
     trials: Annotated[int | None, flag("N", "(default: 10, with --quick 2)")] = None
     """trials of a setting; trial t draws data and weights from seed + t"""

@@ -119,7 +119,7 @@ OutputDir = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The shape of the network; the defaults are the released one's."""
+    """The shape of the network."""
 
     hidden_layers: Count = 4
     """hidden layers"""

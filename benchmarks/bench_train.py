@@ -2,7 +2,7 @@
 
 Measures in turn, several rounds, and takes medians: (a) float32 matrix products of about the
 network's sizes by every library at hand, of which the fastest is the limit; (b) an epoch of the
-default demo; (c) training steps of the released network for K models at once; (d) the epoch of (b)
+default demo; (c) training steps of the table's network for K models at once; (d) the epoch of (b)
 by the plain loop of `reference.py`.
 """
 

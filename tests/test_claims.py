@@ -170,5 +170,7 @@ def test_results_and_readme_are_what_the_command_prints():
     assert set(left) <= set("-* "), left
     parameters = json.loads((FIGURES / "demo.json").read_text())
     assert conclude(read_csv(FIGURES / "history.csv"), parameters).summary in readme
+    nearest = re.search(r"^\| quoted .*\n\| (.*) \|$", written, re.M)[1].split(" | ")
+    assert all(f"| {text} |" in readme for text in nearest[2:5])
     for path in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert (PROJECT / path).exists(), path
