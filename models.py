@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from settings import Model
 
@@ -130,6 +131,7 @@ class _Convolution(torch.autograd.Function):
         return convolution(image, kernels, None, (0, 0), (1, 1), (1, 1), len(weight))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         rows, weight = ctx.saved_tensors
         gradient = gradient.permute(0, 2, 3, 1).reshape(len(rows), -1)
@@ -151,6 +153,7 @@ class _BatchedProduct(torch.autograd.Function):
         return torch.bmm(_by_copy(rows, weight), weight.mT)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         rows, weight = ctx.saved_tensors
         of_rows = torch.bmm(gradient, weight).transpose(0, 1).reshape(rows.shape)

@@ -25,8 +25,7 @@ from urllib.parse import quote
 for name, value in {
     "DISABLE_TELEMETRY": "true", "ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "LOGGING_LEVEL": "CRITICAL",
-    "HTTP_REQUEST_MAX_RETRIES": "3", "HTTP_REQUEST_TIMEOUT": "4",
-    "HTTP_REQUEST_BACKOFF_JITTER": "0",
+    "HTTP_REQUEST_MAX_RETRIES": "3", "HTTP_REQUEST_TIMEOUT": "4", "HTTP_REQUEST_BACKOFF_JITTER": "0"
 }.items():  # fmt: skip
     os.environ.setdefault(f"MLFLOW_{name}", value)
 try:
@@ -230,8 +229,9 @@ class ParentRun:
         times: tuple[float, float], tags: Mapping[str, str],
     ) -> None:  # fmt: skip
         """Write a child, from one time to another in s since 1970; the experiment leads to it."""
-        tags, parameters = {PARENT: self._id, **tags}, {**self._parameters, **parameters}
-        self._finish(self._create(name, tags, parameters, times[0]), figures, times[1])
+        tags = {PARENT: self._id, **tags}
+        run_id = self._create(name, tags, {**self._parameters, **parameters}, times[0])
+        self._finish(run_id, figures, times[1])
         lead = f"Training with and without flooding, [**the last runs**]({self._page})."
         self._client.set_experiment_tag(self._experiment_id, NOTE, f"{lead}\n\n{self.about}")
 

@@ -293,3 +293,8 @@ def test_flags_out_of_range_are_refused_in_one_line(empty_folder, monkeypatch, f
     said = empty_folder.refuse(SCRIPT, *flags.split())
     assert re.fullmatch(f"{name} {re.escape(value)}: [a-z].+", said)
     assert not list(empty_folder.path.iterdir())
+
+
+def test_a_flag_that_cannot_be_read_is_named(empty_folder):
+    result = empty_folder.run(SCRIPT, "--epochs", "some")
+    assert result.status == 2 and "--epochs" in result.errors and "some" in result.errors

@@ -15,6 +15,7 @@ import termios
 import pytest
 from conftest import PROJECT, one_line, parse
 
+from datasets import Data
 from run_demo_synth import Demo
 from settings import Model, SettingError, Training, flat
 
@@ -36,10 +37,15 @@ def test_flags_are_flat_and_so_are_the_parameters():
     assert json.loads(json.dumps(parameters)) == parameters
 
 
-@pytest.mark.parametrize(("name", "value"), [("optimizer", "lion"), ("flood_on", "run")])
-def test_what_a_flag_cannot_say_is_refused_too(name, value):
-    with pytest.raises(SettingError, match=rf"^{name} '{value}': .*[a-z]"):
-        Training(**{"optimizer": "adam", "batch_size": 20, "epochs": 5, name: value})
+def test_what_a_flag_cannot_say_is_refused_too():
+    data, training = {"label_noise": 0.1}, {"optimizer": "adam", "batch_size": 20, "epochs": 5}
+    for part, given, name, value in (
+        (Data, data, "dataset", "moons"),
+        (Training, training, "optimizer", "lion"),
+        (Training, training, "flood_on", "run"),
+    ):
+        with pytest.raises(SettingError, match=rf"^{name} '{value}': .*[a-z]"):
+            part(**{**given, name: value})
 
 
 @pytest.mark.parametrize("script", ["run_demo_synth.py", "run_table_synth.py"])

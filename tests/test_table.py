@@ -83,9 +83,11 @@ def test_defaults_are_the_papers_with_the_nearest_network():
     [
         (["--flood-max", -1], "--flood-max -1.0: a number of nats in (0, 100)"),
         (["--flood-max", 0.005], "--flood-step 0.01: from 0.0001 to --flood-max 0.005"),
+        (["--label-noise", 0.1, 1.5], "--label-noise 1.5: a fraction in [0, 1)"),
         (["--label-noise"], "--label-noise : at least one"),
         (["--dataset", "gaussian", "--spiral-noise", 1], "--spiral-noise 1.0: only with"),
         (["--batch-size", 199], "--batch-size 199: with batch norm every"),
+        (["--output-dir", "/dev/null/x"], "--output-dir /dev/null/x: a folder that can be written"),
     ],
 )
 def test_bad_flags(empty_folder, flags, said):

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from unittest.mock import Mock
 
+import mlflow.environment_variables as mlflow_settings
 import pytest
 import torch
 from conftest import PICTURES, SMALL, Folder, one_line, wait_until
@@ -35,6 +36,15 @@ def hasty(monkeypatch):
     """To save time, a store is asked once, for a second."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+
+
+def test_a_store_that_has_died_costs_half_a_minute_at_most():
+    retries, timeout, factor, jitter = (
+        getattr(mlflow_settings, f"MLFLOW_HTTP_REQUEST_{name}").get()
+        for name in ("MAX_RETRIES", "TIMEOUT", "BACKOFF_FACTOR", "BACKOFF_JITTER")
+    )
+    backoff = sum(factor * 2**k for k in range(1, retries))  # none before the first
+    assert retries >= 2 and retries * jitter + backoff + (retries + 1) * timeout <= 30
 
 
 @pytest.fixture
@@ -114,9 +124,12 @@ def test_ctrl_c_while_a_store_is_silent_ends_at_once(empty_folder):
     [
         ("http://127.0.0.1:9", "http://127.0.0.1:9: [Errno 111] Connection refused"),
         ("http://me:secret@127.0.0.1:9", "$MLFLOW_TRACKING_URI: [Errno 111] Connection refused"),
+        ("http://me:secret/word@127.0.0.1:9", "$MLFLOW_TRACKING_URI: "),
         ("http://127.0.0.1:9?password=secret", "$MLFLOW_TRACKING_URI: "),
         ("http://[secret@host", "$MLFLOW_TRACKING_URI: "),
         ("postgresql+psycopg://me:se%63ret@host/runs", "$MLFLOW_TRACKING_URI: No module named"),
+        ("postgresql+nothing://me:secret@word/runs", "$MLFLOW_TRACKING_URI: NoSuchModule"),
+        ("nothing://me:secret@host", "$MLFLOW_TRACKING_URI: "),
         ("sqlite:////dev/null/mlflow.db", "sqlite:////dev/null/mlflow.db: "),
         ("./mlruns", "./mlruns: "),  # file stores are history
     ],

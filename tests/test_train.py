@@ -252,7 +252,8 @@ def test_divergence_names_level_epoch_and_learning_rate():
 def test_what_cannot_be_trained_is_refused():
     """A batch size of 29 leaves one of 30 examples alone."""
     network, generator = network_and_generator(batch_norm=True)
-    for level, batch_size, named in ((-0.1, 8, "flood_levels"), (0.5, 29, "batch_size")):
+    levels = [(level, 8, "flood_levels") for level in (-0.1, math.nan, math.inf)]
+    for level, batch_size, named in (*levels, (0.5, 29, "batch_size")):
         settings = training(batch_size=batch_size)
         with pytest.raises(SettingError, match=named):
             train_all(network, small_data(), [0.0, level], settings, CPU, generator)
