@@ -241,6 +241,7 @@ SECTIONS: dict[str, tuple[Callable[[Raw], Section], tuple[str, ...]]] = {
     "Gains by two tests": (sections.two_tests, ("levels",)),
     "b chosen on the other trials": (sections.other_trials, ("levels",)),
     "Three rules for ties": (sections.three_rules, ("levels",)),
+    "Fewer flood levels": (sections.fewer_levels, ("levels", "candidates")),
     "Dependence on the label noise": (sections.label_noise, ("levels",)),
     "Calibration": (sections.calibration, ("levels",)),
     "Accuracy and loss": (sections.accuracy_and_loss, ("levels",)),

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from results import COLUMNS, compare, conclude, read_csv
 sys.path.insert(0, str(PROJECT / "figures"))
 import claims
 import recount
+import sections
 from recount import ACCURACY, CANDIDATE, CANDIDATES, FIGURES, KEY, QUOTED
 
 SHARED = {"dataset": "gaussian", "spiral_noise": 0.0, "hidden_layers": 4, "batch_norm": True}
@@ -73,6 +75,20 @@ def test_each_way_of_choosing():
             assert [*ways[way].xs(trial, level="seed")[ACCURACY]] == [accuracy] * 2, way
     share = np.mean([(v == max(v)).sum() > 1 for v in val])
     assert [*recount.share_of_ties(trials)] == pytest.approx([share, share])
+
+
+def test_fewer_levels_are_every_fifth():
+    generator = np.random.default_rng(3)
+    val, test = generator.choice([0.7, 0.8, 0.9], (10, 11)), generator.random((10, 11))
+    trials = made(val, test, [(0, round(0.05 * k, 2)) for k in range(11)])
+    other = trials.assign(hidden_layers=5, **{ACCURACY: 0})  # another candidate
+    raw = SimpleNamespace(candidates=pd.concat([trials, other]), levels=trials[:22])
+    (sentence,), (_, table) = sections.fewer_levels(raw)
+    assert "from 3 levels 0.25 apart, and not from 11 levels 0.05 apart" in sentence
+    highest = [max(np.flatnonzero(v == max(v))) for v in val]
+    coarse = [5 * max(np.flatnonzero(v[::5] == max(v[::5]))) for v in val]
+    change = 100 * np.mean([t[few] - t[many] for t, few, many in zip(test, coarse, highest)])
+    assert f"{change:+.1f} [" in table and abs(change) > 1
 
 
 def test_the_entropy_rule():
@@ -153,7 +169,7 @@ def test_all_sections_on_made_up_figures(tmp_path, monkeypatch, capsys):
     written, printed = (tmp_path / "RESULTS.md").read_text(), capsys.readouterr().out
     assert "nan" not in written and "Not here yet" not in written
     sentences = [line.removeprefix("- ") for line in printed.splitlines()[1:]]
-    assert len(sentences) == 14 and all(one in " ".join(written.split()) for one in sentences)
+    assert len(sentences) == 15 and all(one in " ".join(written.split()) for one in sentences)
     assert "87.2 ± 2.3% with no flooding (authors' 87.2 ± 2.3%, difference +0.0 [" in printed
 
 
