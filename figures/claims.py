@@ -245,7 +245,7 @@ SECTIONS: dict[str, tuple[Callable[[Raw], Section], tuple[str, ...]]] = {
     "Dependence on the label noise": (sections.label_noise, ("levels",)),
     "Calibration": (sections.calibration, ("levels",)),
     "Accuracy and loss": (sections.accuracy_and_loss, ("levels",)),
-    "b from the entropy of the noise": (sections.entropy_rule, ("levels",)),
+    "b fixed in advance": (sections.fixed_levels, ("levels",)),
     "The demo beside the authors' own": (demo, ("ours",)),
 }
 

@@ -131,6 +131,7 @@ def list_ways(levels: pd.DataFrame, starts: pd.DataFrame) -> dict[str, pd.DataFr
     - validation loss: lowest validation loss
     - other trials: see `choose_on_other_trials`
     - entropy: see `entropy_rule`
+    - top level: the highest level of all
     - best start: the best network without flooding, ties to the lower validation loss
     """
     chosen = {"without": levels[levels.flood_level == 0]}
@@ -139,6 +140,7 @@ def list_ways(levels: pd.DataFrame, starts: pd.DataFrame) -> dict[str, pd.DataFr
     chosen["validation loss"] = by_loss.drop_duplicates(KEY)
     chosen["other trials"] = choose_on_other_trials(levels)
     chosen["entropy"] = levels[levels.flood_level == entropy_rule(levels)]
+    chosen["top level"] = levels[levels.flood_level == levels.flood_level.max()]
     if len(starts):
         chosen["best start"] = choose_models(starts, "noisy", KEY, "lower loss")
     indexed = {way: rows.set_index(KEY) for way, rows in chosen.items()}

@@ -274,20 +274,24 @@ def accuracy_and_loss(raw: Raw) -> Section:
     return [sentence], [how, by_setting(columns)]
 
 
-def entropy_rule(raw: Raw) -> Section:
-    """What b fixed in advance at the entropy of the label noise gains or costs."""
-    ways = raw.ways
+def fixed_levels(raw: Raw) -> Section:
+    """What b fixed in advance, at the entropy of the label noise or at its top, gains or costs."""
+    ways, top = raw.ways, raw.levels.flood_level.max()
     gains, chosen = raw.over("entropy", "without"), raw.over("entropy", "highest")
-    sentence = (
+    at_top = raw.over("top level", "without")
+    sentences = [
         f"With b fixed in advance at the entropy of the label noise flooding gains over no "
-        f"flooding {verdict(gains)}."
-    )
+        f"flooding {verdict(gains)}.",
+        f"At the top level, b = {top:g}, it gains {verdict(at_top)}.",
+    ]
     how = (
         "b = −p ln p − (1 − p) ln(1 − p) for a share p of flipped labels, known and fixed in "
         "advance, rounded to the grid of levels, the same in all trials: what it gains over no "
-        f"flooding, and over b chosen by validation accuracy. p is of a t-test, {adjusted(gains)}."
+        f"flooding, and over b chosen by validation accuracy; and what the top level gains over no "
+        f"flooding. p is of a t-test, {adjusted(gains)}."
     )
     columns = {"b": mean_of(ways["entropy"], "flood_level")}
     columns["over no flooding"] = shown(gains, p="p_adjusted")
     columns["over chosen b"] = shown(chosen, p="p_adjusted")
-    return [sentence], [how, by_setting(columns)]
+    columns[f"b = {top:g}"] = shown(at_top, p="p_adjusted")
+    return sentences, [how, by_setting(columns)]
