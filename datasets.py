@@ -1,7 +1,7 @@
 """The four synthetic data sets of the paper's section 4.1 and of the authors' demo.
 
 Each is said in one place: its entry in DATASETS. Labels are classes 0 (negative) and 1 (positive).
-Label noise flips a fixed number of each split's; the clean labels are kept beside the noisy ones.
+Label noise flips a fixed number of each split's labels; the clean ones are kept beside the noisy.
 """
 
 from __future__ import annotations
@@ -53,14 +53,13 @@ class Source:
         draw: returns n inputs and clean labels from (n, spiral_noise, generator).
         boundary: a score [n] of inputs [n, 2], 0 on the true boundary and positive in class 1;
             None where the inputs are not in the plane.
-        best_accuracy: the best possible accuracy on clean labels, a fraction, from spiral_noise;
-            NaN where it is not known.
+        best_accuracy: the best possible accuracy on clean labels, a fraction, with no spiral_noise.
     """
 
     samples: tuple[int, int, int]
     draw: Callable[[int, float, Generator], Drawn]
-    boundary: Callable[[np.ndarray], np.ndarray] | None = None
-    best_accuracy: Callable[[float], float] = lambda spiral_noise: math.nan
+    boundary: Callable[[np.ndarray], np.ndarray] | None
+    best_accuracy: float
 
 
 def _sinusoid2d(samples: int, _spiral_noise: float, generator: Generator) -> Drawn:
@@ -112,15 +111,12 @@ def _spiral_boundary(inputs: np.ndarray) -> np.ndarray:
 
 GAUSSIAN_DISTANCE = GAUSSIAN_SHIFT * math.sqrt(GAUSSIAN_DIMENSIONS)  # of the means
 GAUSSIAN_BEST = NormalDist().cdf(GAUSSIAN_DISTANCE / 2)
-# The released code counts `gaussian` and `spiral` per class: 100, 100 and 10 000. With noise the
-# arms of the spiral overlap.
+# The released code counts `gaussian` and `spiral` per class: 100, 100 and 10 000.
 DATASETS = {
-    "sinusoid2d": Source((100, 100, 20_000), _sinusoid2d, _sinusoid2d_boundary, lambda _: 1.0),
-    "sinusoid": Source((100, 100, 20_000), _sinusoid, None, lambda _: 1.0),
-    "gaussian": Source((200, 200, 20_000), _gaussian, None, lambda _: GAUSSIAN_BEST),
-    "spiral": Source(
-        (200, 200, 20_000), _spiral, _spiral_boundary, lambda noise: math.nan if noise > 0 else 1.0
-    ),
+    "sinusoid2d": Source((100, 100, 20_000), _sinusoid2d, _sinusoid2d_boundary, 1.0),
+    "sinusoid": Source((100, 100, 20_000), _sinusoid, None, 1.0),
+    "gaussian": Source((200, 200, 20_000), _gaussian, None, GAUSSIAN_BEST),
+    "spiral": Source((200, 200, 20_000), _spiral, _spiral_boundary, 1.0),
 }
 DatasetName = Literal[tuple(DATASETS)]
 SIZES = tuple(f"{split}_samples" for split in SPLITS)
@@ -191,7 +187,8 @@ def best_possible_accuracy(data: Data, label_noise: float) -> float:
     With a its value on clean labels and rho the share of the test split that `label_noise` flips
     (0 for the clean labels), it is a (1 - rho) + (1 - a) rho.
     """
-    samples = data.filled().test_samples
-    clean = DATASETS[data.dataset].best_accuracy(data.spiral_noise)
+    if data.spiral_noise:
+        return math.nan  # the arms of the spiral overlap
+    samples, clean = data.filled().test_samples, DATASETS[data.dataset].best_accuracy
     flipped = int(label_noise * samples) / samples
     return clean * (1 - flipped) + (1 - clean) * flipped

@@ -330,7 +330,7 @@ def read_demo(folder: Path) -> tuple[Outcome, Boundary | None]:
 
 
 def main(flags: PlotSettings) -> None:
-    with settings.ending_on(settings.SettingError, OSError, status=2):
+    with settings.exit_on(settings.SettingError, OSError, status=2):
         figures = draw_demo(*read_demo(flags.output_dir))
         pictures = {name: png(figure) for name, figure in figures.items()}
         print("Pictures:", *results.write_files(pictures, flags.output_dir), flush=True)

@@ -2,7 +2,7 @@
 
 `python reference.py` trains the demo's network on a trial of the demo's data, once without flooding
 and once with b = 0.26, and prints the accuracies. The rest of the repository does the same for
-many levels and trials at once, faster; its tests hold it to this file.
+many levels at once, faster; its tests hold its training to this file.
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ def choose_models(
 ) -> pd.DataFrame:
     """Return the row of the chosen model for each of the groups that the columns `by` make.
 
-    Chosen is the best accuracy on the "noisy" or "clean" validation `labels`, and among equals the
-    "highest" flood level [released code], or by other `ties` the "lowest" or that of "lower loss"
-    on these labels, then the lower level and start.
+    Chosen is the best accuracy on the "noisy" or "clean" validation `labels`. Ties go to the
+    "highest" flood level [released code], the "lowest", or the "lower loss" on the same labels
+    (then the lower level, then the lower start).
     """
     among_equals = {
         "highest": {"flood_level": False},

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 import settings
 from datasets import DATASETS, Data
-from settings import Count, Model, Switch, Training, ending_on, flag, going_on, tell
+from settings import Count, Model, Switch, Training, exit_on, flag, noting, tell
 
 FRAMES = 50  # of the moving picture, at most
 FLOOD_LEVELS = {"sgd": (0.26, 0.27, 0.28), "adam": (0.24, 0.25, 0.26)}
@@ -53,9 +53,11 @@ class Demo:
     output_dir: settings.OutputDir = Path(".")
 
     def __post_init__(self) -> None:
-        settings.check_flood_levels(self.flood_levels or ())
+        for level in self.flood_levels or ():
+            allowed = "finite numbers of nats >= 0"
+            settings.check(0 <= level < math.inf, "flood_levels", level, allowed)
         settings.check_counts(self, "eval_every", "trials")
-        settings.check_seed(self.seed)
+        settings.check_seed(self.seed, self.trials)
         samples = self.data.filled().train_samples
         self.training.check_batches(samples, self.model.batch_norm)
         in_plane = DATASETS[self.data.dataset].boundary is not None
@@ -87,9 +89,9 @@ from train import Boundary, DivergenceError, count_groups, find_boundary, prepar
 
 
 def main(demo: Demo) -> None:
-    with ending_on(settings.SettingError, TrackingError, status=2):
+    with exit_on(settings.SettingError, TrackingError, status=2):
         device = prepare_process(demo.device)
-        settings.check_output_dir(demo.output_dir)
+        settings.make_output_dir(demo.output_dir)
         batch_size = min(demo.training.batch_size, demo.data.train_samples)
         parameters = {**settings.flat(demo), "batch_size": batch_size, "device": device.type}
         log = DemoLog(parameters, device)
@@ -105,10 +107,10 @@ def main(demo: Demo) -> None:
         if DATASETS[demo.data.dataset].boundary:
             boundary = find_boundary(compared[demo.training.epochs], data)
         files = demo_files(outcome, boundary)
-        with going_on(failures, OSError):
+        with noting(failures, OSError):
             tell(failures, "Result:", *write_files(files, demo.output_dir))
         log.finish(outcome, files)
-        with going_on(failures, Exception):  # whatever drawing may raise
+        with noting(failures, Exception):  # whatever drawing may raise
             for pictures in draw(demo, outcome, boundary, compared, data):
                 log.add_files(pictures)
                 tell(failures, "Pictures:", *write_files(pictures, demo.output_dir))
@@ -129,7 +131,7 @@ def train_trials(
     frames = range(step, last, step) if demo.animate else ()
     histories, networks = [], {epoch: {} for epoch in (*frames, last)}
     total = demo.trials * last * count_groups(demo.flood_levels, device)
-    with ending_on(DivergenceError), settings.ProgressBar(total, "epoch") as bar:
+    with exit_on(DivergenceError), settings.ProgressBar(total, "epoch") as bar:
         for seed in range(demo.seed, demo.seed + demo.trials):
             began, history = time.time(), []
             data, generator = make_dataset(demo.data, seed), torch.Generator().manual_seed(seed)

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 import settings
 from datasets import SIZES, Data, DatasetName, SplitSize
-from settings import Model, SettingError, Training, check, ending_on, flag, flat, going_on, tell
+from settings import Model, SettingError, Training, check, exit_on, flag, flat, noting, tell
 
 FILES = {"levels": "table_synth_trials.csv", "starts": "table_synth_starts.csv"}  # by search
 
@@ -59,7 +59,7 @@ class Table:
     trials: Annotated[int | None, flag("N", "(default: 10, with --quick 2)")] = None
     """trials of a setting; trial t draws data and weights from seed + t"""
     flood_max: Annotated[float, flag("B")] = 0.5
-    """highest flood level, in nats; where the steps do not meet it, the last one below"""
+    """highest flood level, in nats; if it is no multiple of the step, the last one below it"""
     flood_step: Annotated[float | None, flag("B", "(default: 0.01, with --quick 0.1)")] = None
     """step of the flood levels, which start at 0"""
     quick: settings.Switch = False
@@ -74,9 +74,9 @@ class Table:
 
     def __post_init__(self) -> None:
         settings.check_counts(self, "trials", "workers")
-        settings.check_seed(self.seed)
+        settings.check_seed(self.seed, self.trials)
         for name in ("dataset", "label_noise", "spiral_noise"):
-            check(len(getattr(self, name)) > 0, name, "", "at least one")
+            check(len(getattr(self, name)) > 0, name, "()", "at least one value")
         highest, step = self.flood_max, self.flood_step
         check(0 < highest < 100, "flood_max", highest, "a number of nats in (0, 100)")
         fits = step is None or 0.0001 <= step <= highest
@@ -142,9 +142,9 @@ TrainedTrial = tuple[Trial, pd.DataFrame, tuple[float, float]]  # its rows; from
 
 def main(table: Table) -> None:
     lock = FileLock(table.output_dir / "table_synth.lock", blocking=False)  # until the process ends
-    with ending_on(SettingError, TrialsError, TrackingError, status=2):
+    with exit_on(SettingError, TrialsError, TrackingError, status=2):
         prepare_process(table.device)
-        settings.check_output_dir(table.output_dir)
+        settings.make_output_dir(table.output_dir)
         try:
             lock.acquire()
         except Timeout as error:
@@ -156,8 +156,8 @@ def main(table: Table) -> None:
             for search, name in FILES.items()
         }
         parameters = {**flat(table), **shared}
-        for how in ("trials", "seed", "quick", "workers", "device"):
-            del parameters[how]  # the same is trained, however and however far
+        for name in ("trials", "seed", "quick", "workers", "device"):
+            del parameters[name]  # the same is trained, however and however far
         log = TableLog({**parameters, "output_dir": str(folder.absolute())})
     with log:
         trained[table.search] = train_missing(table, trained[table.search], log)
@@ -174,8 +174,8 @@ def train_missing(table: Table, trained: pd.DataFrame, log: TableLog) -> pd.Data
     models, before = len(table.list_models(table.search)), len(wanted) - len(missing)
     tell(log.failures, f"{len(wanted)} trials of {models} {table.search}, {before} trained before")
     with (
-        ending_on(SettingError, status=2),
-        ending_on(DivergenceError, BrokenProcessPool, OSError),
+        exit_on(SettingError, status=2),
+        exit_on(DivergenceError, BrokenProcessPool, OSError),
         settings.ProgressBar(len(missing), "trial", digits=1) as bar,
     ):
         for trial, rows, times in train_trials(table, missing, bar):
@@ -195,10 +195,10 @@ def finish(table: Table, trained: dict[str, pd.DataFrame], log: TableLog) -> Non
         compared = results.compare(asked["levels"], asked["starts"])
         text = results.markdown(compared)
         files |= {"table_synth.md": text.encode(), "table_synth.csv": csv_bytes(compared)}
-        with going_on(log.failures, Exception):
+        with noting(log.failures, Exception):
             files["table_synth.png"] = plot.png(plot.draw_table(asked["levels"], compared))
     tell(log.failures, f"\n{text}")
-    with going_on(log.failures, OSError):
+    with noting(log.failures, OSError):
         tell(log.failures, "Saved:", *results.write_files(files, table.output_dir))
     log.conclude(text, {}, files)
 
@@ -238,8 +238,9 @@ def train_trial(
 
 def summarize_trial(rows: pd.DataFrame) -> dict[str, float]:
     """Return what one trial comes to: noisy test accuracies and chosen b, by scored epoch."""
-    table = results.compare(rows[rows.start == 0], rows)
-    names = ["best_start"] if rows.start.any() else ["with_flooding", "flood_level"]
+    starts = rows if rows.start.any() else None
+    table = results.compare(rows[rows.start == 0], starts)
+    names = ["with_flooding", "flood_level"] if starts is None else ["best_start"]
     return {
         f"{row.scored_epoch}/{name}": row[f"{name}_mean"]
         for _, row in table[table.labels == "noisy"].iterrows()

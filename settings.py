@@ -61,18 +61,13 @@ def check_counts(settings: object, *names: str) -> None:
         check(count is None or count >= 1, name, count, "at least 1")
 
 
-def check_flood_levels(levels: Iterable[float]) -> None:
-    """Raise SettingError unless the flood levels are finite numbers of nats >= 0."""
-    for level in levels:
-        check(0 <= level < math.inf, "flood_levels", level, "finite numbers of nats >= 0")
+def check_seed(seed: int, trials: int | None) -> None:
+    """Raise SettingError unless every generator takes the seed of every trial."""
+    allowed = "from 0 to 4294967295, the last trial's too"
+    check(0 <= seed <= 2**32 - (trials or 1), "seed", seed, allowed)
 
 
-def check_seed(seed: int) -> None:
-    """Raise SettingError unless every generator takes the seed."""
-    check(0 <= seed < 2**32, "seed", seed, "from 0 to 4294967295")
-
-
-def check_output_dir(folder: Path) -> None:
+def make_output_dir(folder: Path) -> None:
     """Make the folder if it is not there; SettingError unless files can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +184,7 @@ def parse_flags(settings: type[Settings], description: str | None) -> Settings:
     if shutil.get_terminal_size().columns < 40:
         os.environ["COLUMNS"] = "40"  # in less tyro may never end
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff)
-    with ending_on(SettingError, status=2):
+    with exit_on(SettingError, status=2):
         try:
             made = tyro.cli(settings, description=first, config=config)
         except BrokenPipeError:  # --help | head
@@ -199,7 +194,7 @@ def parse_flags(settings: type[Settings], description: str | None) -> Settings:
 
 
 @contextlib.contextmanager
-def ending_on(*errors: type[Exception], status: int = 1) -> Iterator[None]:
+def exit_on(*errors: type[Exception], status: int = 1) -> Iterator[None]:
     """End the script with one line on standard error where one of the errors is raised."""
     try:
         yield
@@ -216,7 +211,7 @@ def _complain(error: Exception) -> None:
 
 
 @contextlib.contextmanager
-def going_on(failures: list[Exception], *errors: type[Exception]) -> Iterator[None]:
+def noting(failures: list[Exception], *errors: type[Exception]) -> Iterator[None]:
     """Note one of the errors where it is raised, and go on: it costs only what raised it."""
     try:
         yield

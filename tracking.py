@@ -124,7 +124,7 @@ def open_experiment(name: str) -> tuple[mlflow.MlflowClient, str]:
     return client, experiment.experiment_id
 
 
-def trying(method: Callable) -> Callable:
+def noting_failures(method: Callable) -> Callable:
     """Let a method of ParentRun note what the store raises; one that is too slow is left alone."""
 
     @functools.wraps(method)
@@ -190,7 +190,7 @@ class ParentRun:
             self._fail(run_id)
         os.environ |= before
 
-    @trying
+    @noting_failures
     def _fail(self, run_id):
         self._client.set_terminated(run_id, "FAILED")
 
@@ -221,9 +221,9 @@ class ParentRun:
             for path in write_files(files, Path(folder)):
                 self._client.log_artifact(self._id, str(path))
 
-    add_files = trying(_add_files)  # {name: content}
+    add_files = noting_failures(_add_files)  # {name: content}
 
-    @trying
+    @noting_failures
     def add_child(
         self, name: str, parameters: Mapping[str, object], figures: Mapping[str, object],
         times: tuple[float, float], tags: Mapping[str, str],
@@ -235,7 +235,7 @@ class ParentRun:
         lead = f"Training with and without flooding, [**the last runs**]({self._page})."
         self._client.set_experiment_tag(self._experiment_id, NOTE, f"{lead}\n\n{self.about}")
 
-    @trying
+    @noting_failures
     def conclude(
         self, result: str, metrics: Mapping[str, float], files: Mapping[str, bytes]
     ) -> None:

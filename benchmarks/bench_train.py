@@ -183,7 +183,7 @@ def timed(call: Callable[[], object], device: torch.device, repeats: int) -> flo
 
 
 def main(benchmark: Benchmark) -> None:
-    with settings.ending_on(settings.SettingError, status=2):
+    with settings.exit_on(settings.SettingError, status=2):
         device = prepare_process(benchmark.device)
     demo, table = (
         replace(script.filled(), training=replace(script.filled().training, epochs=ENDLESS))

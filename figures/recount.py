@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -81,14 +81,10 @@ class Raw:
     authors: pd.DataFrame
     ways: dict[str, pd.DataFrame]
     table: pd.DataFrame
-    known: dict[tuple, pd.DataFrame] = field(default_factory=dict)
 
     def over(self, way: str, other: str, column: str = ACCURACY) -> pd.DataFrame:
-        """Return `summarize` of what a way gains over another; it takes a while, so once."""
-        if (way, other, column) not in self.known:
-            gains = gain(self.ways[way], self.ways[other], column)
-            self.known[way, other, column] = summarize(gains)
-        return self.known[way, other, column]
+        """Return `summarize` of what a way gains over another."""
+        return summarize(gain(self.ways[way], self.ways[other], column))
 
 
 def read_raw(folder: Path) -> Raw:

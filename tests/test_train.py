@@ -15,7 +15,7 @@ import reference
 import train
 from datasets import Data, Dataset, make_dataset
 from models import MLP, stacked_product
-from settings import SCORES, SPLITS, Model, SettingError, Training
+from settings import SCORES, SPLITS, Model, Training
 from train import DivergenceError, count_groups, score_last_and_best
 
 CPU = torch.device("cpu")
@@ -247,16 +247,6 @@ def test_divergence_names_level_epoch_and_learning_rate():
     data.test.inputs[3] = np.inf
     with pytest.raises(DivergenceError, match="test_loss_noisy is nan"):
         score_last_and_best(network, data, [0.5], training(), CPU, generator)
-
-
-def test_what_cannot_be_trained_is_refused():
-    """A batch size of 29 leaves one of 30 examples alone."""
-    network, generator = network_and_generator(batch_norm=True)
-    levels = [(level, 8, "flood_levels") for level in (-0.1, math.nan, math.inf)]
-    for level, batch_size, named in (*levels, (0.5, 29, "batch_size")):
-        settings = training(batch_size=batch_size)
-        with pytest.raises(SettingError, match=named):
-            train_all(network, small_data(), [0.0, level], settings, CPU, generator)
 
 
 def test_the_boundary_is_the_networks():
