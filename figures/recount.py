@@ -84,7 +84,11 @@ class Raw:
 
     def over(self, way: str, other: str, column: str = ACCURACY) -> pd.DataFrame:
         """Return `summarize` of what a way gains over another."""
-        return summarize(gain(self.ways[way], self.ways[other], column))
+        return summarize(self.gain(way, other, column))
+
+    def gain(self, way: str, other: str, column: str = ACCURACY) -> pd.Series:
+        """Return what a way gains over another, a value a trial and scored epoch."""
+        return gain(self.ways[way], self.ways[other], column)
 
 
 def read_raw(folder: Path) -> Raw:

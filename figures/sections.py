@@ -15,7 +15,7 @@ from recount import ACCURACY, KEY, LOSS, SETTING, TIES, Raw, gain, summarize
 
 import results
 from datasets import name_of
-from results import SIGNIFICANCE, table_rows
+from results import SIGNIFICANCE, paired_gain, table_rows
 from settings import SCORED_EPOCHS
 
 LETTERS = dict(zip(SCORED_EPOCHS, "AB"))
@@ -80,11 +80,11 @@ def of_both(say: Callable[[str], str], between: str = "; ") -> str:
     return between.join(f"in {letter} {say(epoch)}" for epoch, letter in LETTERS.items())
 
 
-def size(summary: pd.DataFrame, epoch: str, unit: str = "") -> str:
+def size(summary: pd.DataFrame, epoch: str) -> str:
     """Say how large a gain is in points: on average over the settings (from where to where)."""
     mean = 100 * counted(summary, epoch)["mean"]
     average, low, high = (number(value, 1, True) for value in (mean.mean(), mean.min(), mean.max()))
-    return f"{average}{unit} ({low} to {high})"
+    return f"{average} ({low} to {high})"
 
 
 def adjusted(summary: pd.DataFrame) -> str:
@@ -99,36 +99,43 @@ def is_tested(summary: pd.DataFrame) -> bool:
     return bool(summary.xs(0.0, level="spiral_noise").p.notna().all())
 
 
-def verdict(summary: pd.DataFrame) -> str:
-    """Say of A and B how large a gain is, in how many settings it is positive or significant."""
+def verdict(gains: pd.Series) -> str:
+    """Say of A and B how large a gain is, in how many settings it is positive or significant.
+
+    On average over the settings it has an interval, too: that of the trials' own averages.
+    """
+    summary = summarize(gains)
     tested = is_tested(summary)
 
     def say(epoch: str) -> str:
-        rows = counted(summary, epoch)
+        rows, trials = counted(summary, epoch), counted(gains, epoch).groupby("seed").mean()
+        mean, low, high, _ = paired_gain("", 100 * trials).values()
         sure = rows[rows.p_adjusted < SIGNIFICANCE if tested else rows.low * rows.high > 0]["mean"]
         ahead, surely, behind = ((some > 0).sum() for some in (rows["mean"], sure, -sure))
         return (
-            f"{size(summary, epoch, ' points on average')}, ahead in {ahead} of {len(rows)} "
-            f"settings, significantly in {surely or 'none'}, significantly behind in "
-            f"{behind or 'none'}"
+            f"{results.interval(mean, low, high, math.nan)} points on average ({ahead} of "
+            f"{len(rows)} settings ahead, {surely} significantly, and {behind} significantly behind)"
         )
 
-    how = f"by a paired t-test at 5%, {adjusted(summary)}"
-    if not tested:
-        how = "its 95% interval leaves 0 out; with fewer than ten trials there are no p-values"
-    return f"{of_both(say)} (significantly: {how})"
+    return of_both(say) + (f"; p {adjusted(summary)}" if tested else "")
 
 
 def two_tests(raw: Raw) -> Section:
     """The gains of the table, by a t-test and a sign-flip test."""
-    gains = raw.over("highest", "without")
+    sides = {"gain": "without", "fair gain": "best start"}
+    sides = {title: raw.over("highest", way) for title, way in sides.items() if way in raw.ways}
+    counts = " and ".join(f"{adjusted(gains)} ({title})" for title, gains in sides.items())
     how = (
-        "The gain of flooding over no flooding, with the p of a paired t-test and that of an exact "
-        "sign-flip test, which does not take the gains as normally distributed: the share of all "
-        "ways to set the signs of the trials' gains whose sum is as far from 0 as the one that was "
-        f"seen, with ten trials at least 0.002. Each p is {adjusted(gains)}."
+        "The gain of flooding over no flooding, and over the best start without it, with the p of "
+        "a paired t-test and that of an exact sign-flip test, which does not take the gains as "
+        "normally distributed: the share of all ways to set the signs of the trials' gains whose "
+        f"sum is as far from 0 as the one that was seen, with ten trials at least 0.002. The p are "
+        f"{counts}."
     )
-    columns = {"gain": shown(gains, p="p_adjusted"), "sign-flip p": shown_flip(gains)}
+    columns = {}
+    for title, gains in sides.items():
+        columns[title] = shown(gains, p="p_adjusted")
+        columns[f"{title}, sign-flip p"] = shown_flip(gains)
     return [], [how, by_setting(columns)]
 
 
@@ -289,8 +296,8 @@ def fixed_levels(raw: Raw) -> Section:
     at_top = raw.over("top level", "without")
     sentences = [
         f"With b fixed in advance at the entropy of the label noise flooding gains over no "
-        f"flooding {verdict(gains)}.",
-        f"At the highest level, b = {top:g}, it gains {verdict(at_top)}.",
+        f"flooding {verdict(raw.gain('entropy', 'without'))}.",
+        f"At the highest level, b = {top:g}, it gains {verdict(raw.gain('top level', 'without'))}.",
     ]
     how = (
         "b = −p ln p − (1 − p) ln(1 − p) for a share p of flipped labels, known and fixed in "
