@@ -114,7 +114,7 @@ def verdict(gains: pd.Series) -> str:
         ahead, surely, behind = ((some > 0).sum() for some in (rows["mean"], sure, -sure))
         return (
             f"{results.interval(mean, low, high, math.nan)} points on average ({ahead} of "
-            f"{len(rows)} settings ahead, {surely} significantly, and {behind} significantly behind)"
+            f"{len(rows)} settings ahead, {surely} significantly; {behind} significantly behind)"
         )
 
     return of_both(say) + (f"; p {adjusted(summary)}" if tested else "")
