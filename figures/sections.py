@@ -145,9 +145,12 @@ def other_trials(raw: Raw) -> Section:
     gains, own = raw.over("other trials", "without"), raw.over("highest", "without")
 
     def say(epoch: str) -> str:
-        return f"{size(gains, epoch)} where each trial's own choice gains {size(own, epoch)}"
+        return f"{size(gains, epoch)} where each trial's own choice has {size(own, epoch)}"
 
-    sentence = f"With b chosen by the other trials alone flooding gains, in points, {of_both(say)}."
+    sentence = (
+        f"If only the other trials choose b, the gain of flooding in points, on average (and from "
+        f"setting to setting), is {of_both(say)}."
+    )
     how = (
         "The level of best mean validation accuracy over the other trials, the highest of those "
         "that tie, and its gain over no flooding in the trial that had no part in the choice, "
@@ -295,8 +298,8 @@ def fixed_levels(raw: Raw) -> Section:
     gains, chosen = raw.over("entropy", "without"), raw.over("entropy", "highest")
     at_top = raw.over("top level", "without")
     sentences = [
-        f"With b fixed in advance at the entropy of the label noise flooding gains over no "
-        f"flooding {verdict(raw.gain('entropy', 'without'))}.",
+        f"With b fixed in advance at the level nearest to the entropy of the label noise, flooding "
+        f"gains over no flooding {verdict(raw.gain('entropy', 'without'))}.",
         f"At the highest level, b = {top:g}, it gains {verdict(raw.gain('top level', 'without'))}.",
     ]
     how = (
