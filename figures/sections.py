@@ -124,13 +124,13 @@ def two_tests(raw: Raw) -> Section:
     """The gains of the table, by a t-test and a sign-flip test."""
     sides = {"gain": "without", "fair gain": "best start"}
     sides = {title: raw.over("highest", way) for title, way in sides.items() if way in raw.ways}
-    counts = " and ".join(f"{adjusted(gains)} ({title})" for title, gains in sides.items())
+    tested = [f"{adjusted(gains)} ({title})" for title, gains in sides.items() if gains.p.any()]
     how = (
         "The gain of flooding over no flooding, and over the best start without it, with the p of "
         "a paired t-test and that of an exact sign-flip test, which does not take the gains as "
         "normally distributed: the share of all ways to set the signs of the trials' gains whose "
         f"sum is as far from 0 as the one that was seen, with ten trials at least 0.002. The p are "
-        f"{counts}."
+        f"{' and '.join(tested) or 'left out with fewer than ten trials'}."
     )
     columns = {}
     for title, gains in sides.items():
