@@ -300,5 +300,6 @@ def test_nothing_that_the_user_has_set_reaches_the_pictures():
     drawn = []
     for settings in ({}, odd):
         with matplotlib.rc_context(settings):
-            drawn.append(plot.png(plot.draw_table(trials, compare(trials))))
+            moving = plot.draw_moving_boundary(made_outcome(), [(2, made_boundary())])
+            drawn.append([plot.png(plot.draw_table(trials, compare(trials))), moving])
     assert drawn[0] == drawn[1]

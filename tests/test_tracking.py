@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from unittest.mock import Mock
 
+import mlflow.environment_variables as mlflow_settings
 import pytest
 import torch
 from conftest import PICTURES, SMALL, Folder, one_line, wait_until
@@ -35,6 +36,15 @@ def hasty(monkeypatch):
     """To save time, a store is asked once, for a second."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+
+
+def test_a_store_that_has_died_costs_half_a_minute_at_most():
+    retries, timeout, factor, jitter = (
+        getattr(mlflow_settings, f"MLFLOW_HTTP_REQUEST_{name}").get()
+        for name in ("MAX_RETRIES", "TIMEOUT", "BACKOFF_FACTOR", "BACKOFF_JITTER")
+    )
+    backoff = sum(factor * 2**k for k in range(1, retries))  # none before the first
+    assert retries >= 2 and retries * jitter + backoff + (retries + 1) * timeout <= 30
 
 
 @pytest.fixture
