@@ -53,9 +53,7 @@ class Demo:
     output_dir: settings.OutputDir = Path(".")
 
     def __post_init__(self) -> None:
-        for level in self.flood_levels or ():
-            allowed = "finite numbers of nats >= 0"
-            settings.check(0 <= level < math.inf, "flood_levels", level, allowed)
+        settings.check_flood_levels(self.flood_levels or ())
         settings.check_counts(self, "eval_every", "trials")
         settings.check_seed(self.seed, self.trials)
         samples = self.data.filled().train_samples

@@ -61,6 +61,12 @@ def check_counts(settings: object, *names: str) -> None:
         check(count is None or count >= 1, name, count, "at least 1")
 
 
+def check_flood_levels(levels: Iterable[float]) -> None:
+    """Raise SettingError unless the flood levels are finite numbers of nats >= 0."""
+    for level in levels:
+        check(0 <= level < math.inf, "flood_levels", level, "finite numbers of nats >= 0")
+
+
 def check_seed(seed: int, trials: int | None) -> None:
     """Raise SettingError unless every generator takes the seed of every trial."""
     allowed = "from 0 to 4294967295, the last trial's too"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from datasets import Dataset, Split
 from flooding import flood
 from models import MLP
-from settings import SCORED_EPOCHS, SPLITS, Training, check
+from settings import SCORED_EPOCHS, SPLITS, Training, check, check_flood_levels
 
 # On CPUs the fastest of what was tried, on a GPU (NVIDIA H200) within a few percent of it. Rows are
 # examples times models: the activations should stay in a CPU's cache, and be many on a GPU.
@@ -88,8 +88,11 @@ def train(
     never. `on_epoch()` is called after every epoch of every group, of which there are
     `count_groups`.
 
-    Raises DivergenceError when a loss is not finite any more.
+    Raises:
+        SettingError: a flood level is no finite number >= 0.
+        DivergenceError: a loss is not finite any more.
     """
+    check_flood_levels(flood_levels)
     training = training.filled()
     models = pd.DataFrame({"start": 0 if starts is None else starts, "flood_level": flood_levels})
     scored = {name: to_device(getattr(data, name), device) for name in splits}

@@ -15,7 +15,7 @@ import reference
 import train
 from datasets import Data, Dataset, make_dataset
 from models import MLP, stacked_product
-from settings import SCORES, SPLITS, Model, Training
+from settings import SCORES, SPLITS, Model, SettingError, Training
 from train import DivergenceError, count_groups, score_last_and_best
 
 CPU = torch.device("cpu")
@@ -247,6 +247,13 @@ def test_divergence_names_level_epoch_and_learning_rate():
     data.test.inputs[3] = np.inf
     with pytest.raises(DivergenceError, match="test_loss_noisy is nan"):
         score_last_and_best(network, data, [0.5], training(), CPU, generator)
+
+
+@pytest.mark.parametrize("level", [-0.1, math.nan, math.inf])
+def test_a_level_that_would_spoil_the_training_in_silence_is_refused(level):
+    network, generator = network_and_generator(batch_norm=True)
+    with pytest.raises(SettingError, match="flood_levels"):
+        train_all(network, small_data(), [0.0, level], training(), CPU, generator)
 
 
 def test_the_boundary_is_the_networks():
