@@ -17,7 +17,17 @@ import pandas as pd
 import recount
 import sections
 from recount import FIGURES, KEY, QUOTED, Raw, gain, summarize
-from sections import Section, by_setting, interval, mean_of, number, of_both, shown, verdict
+from sections import (
+    Section,
+    by_setting,
+    interval,
+    mean_and_level,
+    mean_of,
+    number,
+    of_both,
+    shown,
+    verdict,
+)
 
 from results import DATA, TrialsError, markdown, table_rows, write_files
 from settings import SCORED_EPOCHS, exit_on
@@ -176,11 +186,9 @@ def fair_search(raw: Raw) -> Section:
         f"highest b. Below are accuracies in % without flooding → with it (mean chosen b), its "
         f"*gain* in points, the best start's accuracy, and the *fair gain* of flooding over it."
     )
-    texts = mean_of(ways["without"]) + " → " + mean_of(ways["highest"])
-    texts += " (" + mean_of(ways["highest"], "flood_level") + ")"
-    columns = {"without → with (b)": texts}
-    columns |= {"gain": shown(raw.over("highest", "without"))}
-    columns |= {
+    columns = {
+        "without → with (b)": mean_of(ways["without"]) + " → " + mean_and_level(ways["highest"]),
+        "gain": shown(raw.over("highest", "without")),
         f"best of {starts}": mean_of(ways["best start"]),
         "fair gain": shown(summarize(fair)),
     }
@@ -210,7 +218,7 @@ def methods(raw: Raw) -> Section:
         if "best start" in of_batch:
             columns["best start"] = mean_of(of_batch["best start"])
         for title, way in (("batch", batch), (name, other)):
-            columns[title] = mean_of(way) + " (" + mean_of(way, "flood_level") + ")"
+            columns[title] = mean_and_level(way)
         columns[f"{name} over batch"] = shown(gains, p="p_adjusted")
         paragraphs.append(by_setting(columns))
     return sentences, paragraphs

@@ -51,6 +51,11 @@ def mean_of(rows: pd.DataFrame, column: str = ACCURACY) -> pd.Series:
     return means.map(lambda mean: number(mean, digits))
 
 
+def mean_and_level(way: pd.DataFrame) -> pd.Series:
+    """Return a way's mean accuracy in % and, in brackets, its mean flood level, as texts."""
+    return mean_of(way) + " (" + mean_of(way, "flood_level") + ")"
+
+
 def by_setting(columns: Mapping[str, pd.Series]) -> str:
     """Return a table with a line a setting, and each column for A and for B."""
     texts = {

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -18,7 +19,7 @@ import run_table_synth
 from datasets import Data, make_dataset
 from models import MLP
 from results import COLUMNS, FIGURES, MODEL, ORIGIN, read_csv
-from run_table_synth import FILES, Table
+from run_table_synth import FILES, Table, start_generator
 from settings import Model, Training, flat
 from train import score_last_and_best
 
@@ -138,6 +139,11 @@ def test_the_fair_search_has_a_file_and_a_column_of_its_own(whole, folder):
     assert table.best_start_mean[0] == pytest.approx(accuracy)
     again = folder.succeed(SCRIPT, *SMALL, "--trials", 2)  # when the levels come last, too
     assert "4 trained before" in again and "| best of 3 starts |" in again
+
+
+def test_the_weights_of_a_start_are_drawn_by_the_documented_rule():
+    seed = int(np.random.SeedSequence((5, 2)).generate_state(1)[0])
+    assert [start_generator(5, start).initial_seed() for start in (0, 2)] == [5, seed]
 
 
 def test_what_stops_a_table_costs_no_finished_trial(whole, folder, monkeypatch):
