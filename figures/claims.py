@@ -26,6 +26,7 @@ from sections import (
     number,
     of_both,
     shown,
+    shown_bold,
     verdict,
 )
 
@@ -184,13 +185,14 @@ def fair_search(raw: Raw) -> Section:
         f"side without flooding has the best of {starts}, too: each start has weights of its own, "
         f"all else is the trial's. Ties go to the lower validation loss, with flooding to the "
         f"highest b. Below are accuracies in % without flooding → with it (mean chosen b), its "
-        f"*gain* in points, the best start's accuracy, and the *fair gain* of flooding over it."
+        f"*gain* in points, the best start's accuracy, and the *fair gain* of flooding over it; a "
+        f"gain is bold where its adjusted p is below 5%."
     )
     columns = {
         "without → with (b)": mean_of(ways["without"]) + " → " + mean_and_level(ways["highest"]),
-        "gain": shown(raw.over("highest", "without")),
+        "gain": shown_bold(raw.over("highest", "without")),
         f"best of {starts}": mean_of(ways["best start"]),
-        "fair gain": shown(summarize(fair)),
+        "fair gain": shown_bold(summarize(fair)),
     }
     return sentences, [how, by_setting(columns)]
 

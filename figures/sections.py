@@ -39,6 +39,12 @@ def shown(summary: pd.DataFrame, scale: float = 100, digits: int = 1, p: str = "
     return summary.apply(interval, axis=1, args=(scale, digits, p))
 
 
+def shown_bold(summary: pd.DataFrame) -> pd.Series:
+    """Return the rows of `summarize` as texts, bold where the adjusted p is significant."""
+    texts = shown(summary)
+    return texts.mask(summary.p_adjusted < SIGNIFICANCE, "**" + texts + "**")
+
+
 def shown_flip(summary: pd.DataFrame) -> pd.Series:
     """Return the adjusted p of the sign-flip test as texts."""
     return summary.flip_adjusted.map(lambda p: number(p, 3))

@@ -55,6 +55,8 @@ def test_gains_and_the_sign_flip_test():
     adjusted = scipy.stats.false_discovery_control(summary.flip)
     expected = np.transpose([table.gain_mean, table.gain_p_adjusted, adjusted])
     np.testing.assert_allclose(summary[["mean", "p_adjusted", "flip_adjusted"]], expected)
+    bold = sections.shown_bold(summary.assign(p_adjusted=[0.049, 0.05, *[np.nan] * 4]))
+    assert [text.startswith("**+") or text.startswith("**-") for text in bold] == [1, *[0] * 5]
     of_nine = gains[gains.index.get_level_values("seed") < 9]
     nine = recount.summarize(of_nine)
     assert nine[["p", "flip", "p_adjusted", "flip_adjusted"]].isna().all(axis=None)
