@@ -279,8 +279,7 @@ def _draw_gains(axes: Axes, scored: pd.DataFrame, row: pd.Series, name: str, col
     """Draw what flooding gains in one setting at one scored epoch, and what other starts do."""
     accuracy = scored.set_index(["seed", "flood_level"]).test_accuracy_noisy.unstack()
     gains = 100 * accuracy.sub(accuracy[0.0], axis=0)
-    figures = [[*results.paired_gain("", gains[level]).values()] for level in gains]
-    mean, low, high, _ = np.array(figures).T
+    mean, low, high, _ = np.array([[*results.paired_gain("", gains[b]).values()] for b in gains]).T
     axes.plot(gains.columns, mean, color=color, label=f"{name}: one b in all trials")
     axes.fill_between(gains.columns, low, high, color=color, alpha=0.18, linewidth=0)
     mean, low, high = 100 * row[["gain_mean", "gain_low", "gain_high"]].astype(float)
@@ -305,7 +304,8 @@ def _scale(row: Sequence[Axes]) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
         if low < -high:
             axes.axhspan(low, -high, color="#eeeeee", zorder=0)
-            axes.annotate("collapse (log scale)", (0.02, 0.03), xycoords="axes fraction", **SMALL)
+            text = f"collapse (log scale, to −{-low:.0f})"
+            axes.annotate(text, (0.02, 0.03), xycoords="axes fraction", **SMALL)
 
 
 @dataclass(frozen=True, kw_only=True)
