@@ -1,4 +1,4 @@
-"""The four synthetic data sets of the paper's section 4.1 and of the authors' demo.
+"""The synthetic data sets: the three of demo and table, and the released ten-dimensional sinusoid.
 
 Each is said in one place: its entry in DATASETS. Labels are classes 0 (negative) and 1 (positive).
 Label noise flips a fixed number of each split's labels; the clean ones are kept beside the noisy.

@@ -1,4 +1,4 @@
-"""The multi-layer perceptron of the paper and the demo, K of them as one network."""
+"""The multi-layer perceptron of demo and table, K of them as one network."""
 
 from __future__ import annotations
 

@@ -160,11 +160,12 @@ def markdown(table: pd.DataFrame) -> str:
     trials = " or ".join(map(str, sorted(table.trials.unique())))
     starts, known = table.starts.max(), table[table.labels == "noisy"].count()
     text = (
-        f"Test accuracy in %, mean (standard deviation) over {trials} trials, on noisy labels as "
-        f"in the paper and on clean ones. A: last epoch. B: early stopping, the epoch of best "
-        f"validation accuracy. b: the flood level that each trial chose by noisy validation "
-        f"accuracy, the highest of equals. Best possible: the Bayes classifier of the clean "
-        f"labels. Gain: of flooding over no flooding, paired, with its 95% interval."
+        f"Test accuracy in %, mean (standard deviation) over {trials} trials, on noisy labels, "
+        f"which the quoted rows of the paper fit, and on clean ones. A: last epoch. B: early "
+        f"stopping, the epoch of best validation accuracy. b: the flood level that each trial "
+        f"chose by noisy validation accuracy, the highest of equals. Best possible: the Bayes "
+        f"classifier of the clean labels. Gain: of flooding over no flooding, paired, with its 95% "
+        f"interval."
     )
     if starts:
         text += f" Best of {starts} starts: trainings without flooding from weights of their own, "

@@ -311,7 +311,10 @@ def fixed_levels(raw: Raw) -> Section:
     sentences = [
         f"With b fixed in advance at the level nearest to the entropy of the label noise, flooding "
         f"gains over no flooding {verdict(raw.gain('entropy', 'without'))}.",
-        f"At the highest level, b = {top:g}, it gains {verdict(raw.gain('top level', 'without'))}.",
+        f"The change from each trial's own choice of b to this one is "
+        f"{verdict(raw.gain('entropy', 'highest'))}.",
+        f"The change from no flooding to the highest level, b = {top:g}, is "
+        f"{verdict(raw.gain('top level', 'without'))}.",
     ]
     how = (
         "b = −p ln p − (1 − p) ln(1 − p) for a share p of flipped labels, known and fixed in "
