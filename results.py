@@ -202,7 +202,7 @@ def _shown(row: pd.Series, starts: int) -> dict[str, str]:
 
 def mean_and_deviation(row: pd.Series, name: str, scale: float = 100, digits: int = 1) -> str:
     """Return a mean (standard deviation) of `compare` as text; - is what is not known."""
-    mean, deviation = scale * row[f"{name}_mean"], scale * row[f"{name}_std"]
+    mean, deviation = (round(scale * row[f"{name}_{of}"], 9) for of in ("mean", "std"))
     text = "-" if math.isnan(mean) else f"{mean:.{digits}f}"
     return text if math.isnan(deviation) else f"{text} ({deviation:.{digits}f})"
 
@@ -217,7 +217,7 @@ def gain_and_interval(row: pd.Series, name: str) -> str:
 
 def interval(mean: float, low: float, high: float, p: float, digits: int = 1) -> str:
     """Return a difference with its interval and adjusted p as text, as far as they are known."""
-    mean, low, high = (round(float(figure), digits) + 0.0 for figure in (mean, low, high))  # no -0
+    mean, low, high = (round(round(float(x), 9), digits) + 0.0 for x in (mean, low, high))  # no -0
     text = "-" if math.isnan(mean) else f"{mean:+.{digits}f}"
     text += "" if math.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
     return text + ("" if math.isnan(p) else f", p {p:.3f}" if p >= 0.001 else ", p < 0.001")

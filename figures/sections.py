@@ -24,7 +24,7 @@ Section = tuple[list[str], list[str]]
 
 def number(value: float, digits: int = 1, sign: bool = False) -> str:
     """Return a number as text, without a minus before zero; - is what is not known."""
-    rounded = round(float(value), digits) + 0.0
+    rounded = round(round(float(value), 9), digits) + 0.0  # 0.145 is one number, however summed
     return "-" if math.isnan(rounded) else f"{rounded:{'+' * sign}.{digits}f}"
 
 
