@@ -164,8 +164,7 @@ def markdown(table: pd.DataFrame) -> str:
         f"which the quoted rows of the paper fit, and on clean ones. A: last epoch. B: early "
         f"stopping, the epoch of best validation accuracy. b: the flood level that each trial "
         f"chose by noisy validation accuracy, the highest of equals. Best possible: the Bayes "
-        f"classifier of the clean labels. Gain: of flooding over no flooding, paired, with its 95% "
-        f"interval."
+        f"classifier of the clean labels. Gain: over no flooding, paired, with its 95% interval."
     )
     if starts:
         text += f" Best of {starts} starts: trainings without flooding from weights of their own, "
@@ -202,9 +201,8 @@ def _shown(row: pd.Series, starts: int) -> dict[str, str]:
 
 def mean_and_deviation(row: pd.Series, name: str, scale: float = 100, digits: int = 1) -> str:
     """Return a mean (standard deviation) of `compare` as text; - is what is not known."""
-    mean, deviation = (round(scale * row[f"{name}_{of}"], 9) for of in ("mean", "std"))
-    text = "-" if math.isnan(mean) else f"{mean:.{digits}f}"
-    return text if math.isnan(deviation) else f"{text} ({deviation:.{digits}f})"
+    mean, deviation = (number(scale * row[f"{name}_{of}"], digits) for of in ("mean", "std"))
+    return mean if deviation == "-" else f"{mean} ({deviation})"
 
 
 def gain_and_interval(row: pd.Series, name: str) -> str:
@@ -217,10 +215,15 @@ def gain_and_interval(row: pd.Series, name: str) -> str:
 
 def interval(mean: float, low: float, high: float, p: float, digits: int = 1) -> str:
     """Return a difference with its interval and adjusted p as text, as far as they are known."""
-    mean, low, high = (round(round(float(x), 9), digits) + 0.0 for x in (mean, low, high))  # no -0
-    text = "-" if math.isnan(mean) else f"{mean:+.{digits}f}"
-    text += "" if math.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    text, low, high = (number(figure, digits, sign=True) for figure in (mean, low, high))
+    text += "" if low == "-" else f" [{low}, {high}]"
     return text + ("" if math.isnan(p) else f", p {p:.3f}" if p >= 0.001 else ", p < 0.001")
+
+
+def number(value: float, digits: int = 1, sign: bool = False) -> str:
+    """Return a number as text, without a minus before zero; - is what is not known."""
+    rounded = round(round(float(value), 9), digits) + 0.0  # 0.145 is one number, however summed
+    return "-" if math.isnan(rounded) else f"{rounded:{'+' * sign}.{digits}f}"
 
 
 def table_rows(lines: Sequence[Mapping[str, str]]) -> str:

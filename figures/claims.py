@@ -23,14 +23,13 @@ from sections import (
     interval,
     mean_and_level,
     mean_of,
-    number,
     of_both,
     shown,
     shown_bold,
     verdict,
 )
 
-from results import DATA, TrialsError, markdown, table_rows, write_files
+from results import DATA, TrialsError, markdown, number, table_rows, write_files
 from settings import SCORED_EPOCHS, exit_on
 
 INTRODUCTION = """\

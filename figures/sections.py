@@ -15,17 +15,11 @@ from recount import ACCURACY, KEY, LOSS, SETTING, TIES, Raw, gain, summarize
 
 import results
 from datasets import name_of
-from results import SIGNIFICANCE, paired_gain, table_rows
+from results import SIGNIFICANCE, number, paired_gain, table_rows
 from settings import SCORED_EPOCHS
 
 LETTERS = dict(zip(SCORED_EPOCHS, "AB"))
 Section = tuple[list[str], list[str]]
-
-
-def number(value: float, digits: int = 1, sign: bool = False) -> str:
-    """Return a number as text, without a minus before zero; - is what is not known."""
-    rounded = round(round(float(value), 9), digits) + 0.0  # 0.145 is one number, however summed
-    return "-" if math.isnan(rounded) else f"{rounded:{'+' * sign}.{digits}f}"
 
 
 def interval(row: Mapping[str, float], scale: float = 100, digits: int = 1, p: str = "") -> str:

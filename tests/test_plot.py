@@ -275,7 +275,8 @@ def test_the_tables_picture():
                 assert to_hex(best.get_color()) == color
         (low, high), data = axes.get_ylim(), axes.dataLim
         assert low < data.y0 + 1e-9 and data.y1 < high < data.y1 + 14 and axes.get_xlim()[0] == 0
-        collapse = any(f"(log scale, to −{-low:.0f})" in text.get_text() for text in axes.texts)
+        marks = [text.get_text() for text in axes.texts]
+        collapse = marks == [f"collapse (log scale, to −{-low:.0f})"]
         assert collapse == (low < -high) == (key[0] == 0)
         assert axes.yaxis.get_transform().linthresh == high  # even below, down to minus that
         assert [0, 0] in [[*line.get_ydata()] for line in axes.lines]

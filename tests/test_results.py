@@ -8,7 +8,16 @@ import pytest
 import scipy.stats
 
 from datasets import Data
-from results import choose_models, compare, conclude, csv_bytes, markdown, paired_gain, read_csv
+from results import (
+    choose_models,
+    compare,
+    conclude,
+    csv_bytes,
+    markdown,
+    number,
+    paired_gain,
+    read_csv,
+)
 
 
 def scores_of(figures, seed=0, scored_epoch="last", **setting) -> pd.DataFrame:
@@ -101,6 +110,7 @@ def test_the_table_of_known_figures():
     assert lines.count(row) == 2  # A and B
     clean = "100.0 (0.0) | 50.0 (0.0) | 0.25 (0.00) | -50.0 [-50.0, -50.0] |"
     assert sum(line.endswith(clean) for line in lines) == 2
+    assert number(0.14500000000000002, 2) == number(0.145, 2) == "0.14"  # however it was summed
     one = markdown(compare(trials_of([0.8], [0.9])))
     assert "| 80.0 | 90.0 | 0.25 | +10.0 |" in one and "nan" not in one
 
