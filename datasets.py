@@ -4,8 +4,6 @@ Each is said in one place: its entry in DATASETS. Labels are classes 0 (negative
 Label noise flips a fixed number of each split's labels; the clean ones are kept beside the noisy.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,13 +107,12 @@ def _spiral_boundary(inputs: np.ndarray) -> np.ndarray:
     return np.cos(np.hypot(x1, x2) - np.arctan2(x2, x1))
 
 
-GAUSSIAN_DISTANCE = GAUSSIAN_SHIFT * math.sqrt(GAUSSIAN_DIMENSIONS)  # of the means
-GAUSSIAN_BEST = NormalDist().cdf(GAUSSIAN_DISTANCE / 2)
+HALF_DISTANCE = GAUSSIAN_SHIFT * math.sqrt(GAUSSIAN_DIMENSIONS) / 2  # of the Gaussians' means
 # The released code counts `gaussian` and `spiral` per class: 100, 100 and 10 000.
 DATASETS = {
     "sinusoid2d": Source((100, 100, 20_000), _sinusoid2d, _sinusoid2d_boundary, 1.0),
     "sinusoid": Source((100, 100, 20_000), _sinusoid, None, 1.0),
-    "gaussian": Source((200, 200, 20_000), _gaussian, None, GAUSSIAN_BEST),
+    "gaussian": Source((200, 200, 20_000), _gaussian, None, NormalDist().cdf(HALF_DISTANCE)),
     "spiral": Source((200, 200, 20_000), _spiral, _spiral_boundary, 1.0),
 }
 DatasetName = Literal[tuple(DATASETS)]
@@ -148,7 +145,7 @@ class Data:
         check(tau == 0 or name == "spiral", "spiral_noise", tau, "only with the spiral")
         check_counts(self, *SIZES)
 
-    def filled(self) -> Data:
+    def filled(self) -> "Data":
         """Return a copy that has the authors' sizes of the splits where none are said."""
         return fill(self, **dict(zip(SIZES, DATASETS[self.dataset].samples)))
 

@@ -1,7 +1,5 @@
 """The multi-layer perceptron of demo and table, K of them as one network."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence
@@ -38,7 +36,9 @@ class MLP(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm1d(self.copies * width) for width in normed)
         for k, generator in enumerate(generators):
             for linear in self.linears:
-                linear.draw(k, generator)
+                bound = 1 / math.sqrt(linear.weight.shape[2])
+                for parameter in linear.parameters():  # first the weight, as nn.Linear does
+                    nn.init.uniform_(parameter[k], -bound, bound, generator)
 
     def forward(self, inputs: Tensor) -> Tensor:
         rows = inputs
@@ -49,7 +49,7 @@ class MLP(nn.Module):
             rows = rows.relu_()
         return self.linears[-1](rows).view(len(inputs), self.copies, CLASSES)
 
-    def select(self, copies: Sequence[int]) -> MLP:
+    def select(self, copies: Sequence[int]) -> "MLP":
         """Return a network of these copies, in this order, with weights and statistics of its own.
 
         A copy may be named several times: `select([0] * 5)` makes five equal ones of the first.
@@ -60,7 +60,7 @@ class MLP(nn.Module):
             mine.copy_(theirs[copies])
         return chosen.train(self.training)
 
-    def update(self, other: MLP, copies: Sequence[int]) -> None:
+    def update(self, other: "MLP", copies: Sequence[int]) -> None:
         """Make these copies what they are in another network of as many."""
         for mine, theirs in zip(self._stacks(), other._stacks()):
             mine[copies] = theirs[copies]
@@ -79,13 +79,6 @@ class StackedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(copies, outputs, inputs))
         self.bias = nn.Parameter(torch.empty(copies, outputs)) if bias else None
 
-    @torch.no_grad()
-    def draw(self, k: int, generator: torch.Generator) -> None:
-        """Draw copy k's parameters as `nn.Linear` draws its own, first the weight."""
-        bound = 1 / math.sqrt(self.weight.shape[2])
-        for parameter in self.parameters():
-            parameter[k].uniform_(-bound, bound, generator=generator)
-
     def forward(self, rows: Tensor) -> Tensor:
         inputs = self.weight.shape[2]
         if rows.shape[1] == inputs:  # the same for all: one matrix, their outputs in a row
@@ -100,14 +93,14 @@ def stacked_product(rows: Tensor, weight: Tensor) -> Tensor:
     if prefers_convolution(rows.device):
         image = _Convolution.apply(rows, weight)
         return image.permute(0, 2, 3, 1).reshape(len(rows), -1)
-    return _BatchedProduct.apply(rows, weight).transpose(0, 1).reshape(len(rows), -1)
+    return torch.einsum("nki,koi->nko", rows.unflatten(1, (len(weight), -1)), weight).flatten(1)
 
 
 def prefers_convolution(device: torch.device) -> bool:
     """Return whether oneDNN multiplies faster here than PyTorch's `bmm`.
 
-    With AVX-512 it does, twice as fast on AMD's processors, where `bmm` (MKL) uses AVX2 only. With
-    AVX2 they are as fast; but `bmm` needs its rows by model, which costs evaluation a copy a layer.
+    With AVX-512 it does, up to twice as fast on AMD's processors, where `bmm` (MKL) uses AVX2 only.
+    With AVX2 they are as fast; but `bmm` needs its rows by model: evaluation copies every layer.
     """
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
@@ -140,31 +133,10 @@ class _Convolution(torch.autograd.Function):
         strides = (0, 0), (0, 0), (1, 1), (1, 1)
         of_rows = transposed(image, kernels, None, *strides, len(weight), "none", [], "")
         of_rows = of_rows.permute(0, 2, 3, 1).reshape(rows.shape)
-        of_weight = torch.bmm(_by_copy(gradient, weight).mT, _by_copy(rows, weight))
-        return of_rows, of_weight
-
-
-class _BatchedProduct(torch.autograd.Function):
-    """The product by `bmm`, [K, n, out]; the weights' gradient lies in memory as they do."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        return torch.bmm(_by_copy(rows, weight), weight.mT)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        rows, weight = ctx.saved_tensors
-        of_rows = torch.bmm(gradient, weight).transpose(0, 1).reshape(rows.shape)
-        return of_rows, torch.bmm(gradient.mT, _by_copy(rows, weight))
+        by_copy = [x.unflatten(1, (len(weight), -1)) for x in (gradient, rows)]
+        return of_rows, torch.einsum("nko,nki->koi", *by_copy)
 
 
 def _as_image(rows: Tensor) -> Tensor:
     """[n, channels] to [1, channels, n, 1], the same memory."""
     return rows[None, :, None].permute(0, 3, 1, 2)
-
-
-def _by_copy(rows: Tensor, weight: Tensor) -> Tensor:
-    """[n, K * units] to [K, n, units], the same memory."""
-    return rows.view(len(rows), len(weight), -1).transpose(0, 1)

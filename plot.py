@@ -3,8 +3,6 @@
 As a module it draws what flooding does: a demo's curves and boundaries, and the paper's table.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

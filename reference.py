@@ -5,8 +5,6 @@ and once with b = 0.26, and prints the accuracies. The rest of the repository do
 many levels at once, faster; its tests hold its training to this file.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 

@@ -2,8 +2,6 @@
 and the files of raw figures that they are read from.
 """
 
-from __future__ import annotations
-
 import math
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
@@ -134,10 +132,14 @@ def compare(trials: pd.DataFrame, starts: pd.DataFrame | None = None) -> pd.Data
             rows.append(row)
     table = pd.DataFrame(rows).assign(starts=starts.start.nunique())
     for name in ("gain", "fair_gain"):
-        table[f"{name}_p_adjusted"] = math.nan
-        for _, p in table[f"{name}_p"].dropna().groupby(table.labels):
-            table.loc[p.index, f"{name}_p_adjusted"] = scipy.stats.false_discovery_control(p)
+        table[f"{name}_p_adjusted"] = table.groupby("labels")[f"{name}_p"].transform(adjusted)
     return table
+
+
+def adjusted(p: pd.Series) -> pd.Series:
+    """Return p-values after Benjamini and Hochberg, over as many as are known."""
+    known = p.dropna()
+    return pd.Series(scipy.stats.false_discovery_control(known), known.index).reindex(p.index)
 
 
 def paired_gain(name: str, gains: pd.Series) -> dict[str, float]:

@@ -5,10 +5,7 @@ flipped, an MLP without flooding and with three flood levels. It saves `synth_lo
 `synth_acc.png` and `synth_boundary.png`, prints a table and logs every run to MLflow.
 """
 
-from __future__ import annotations
-
 import io
-import itertools
 import json
 import math
 import time
@@ -62,7 +59,7 @@ class Demo:
         allowed = "spiral or sinusoid2d with --animate, which shows data in the plane"
         settings.check(in_plane or not self.animate, "dataset", self.data.dataset, allowed)
 
-    def filled(self) -> Demo:
+    def filled(self) -> "Demo":
         """Return a copy that has all defaults, and the levels in order, 0 among them."""
         filled = settings.fill(self, flood_levels=FLOOD_LEVELS[self.training.optimizer])
         levels = tuple(sorted({0.0, *filled.flood_levels}))
@@ -83,7 +80,7 @@ from datasets import Split, make_dataset
 from models import MLP
 from results import Outcome, conclude, write_files
 from tracking import DemoLog, TrackingError
-from train import Boundary, DivergenceError, count_groups, find_boundary, prepare_process, train
+from train import Boundary, DivergenceError, find_boundary, prepare_process, split_models, train
 
 
 def main(demo: Demo) -> None:
@@ -128,21 +125,19 @@ def train_trials(
     step = every * math.ceil(last / (FRAMES * every))
     frames = range(step, last, step) if demo.animate else ()
     histories, networks = [], {epoch: {} for epoch in (*frames, last)}
-    total = demo.trials * last * count_groups(demo.flood_levels, device)
-    with exit_on(DivergenceError), settings.ProgressBar(total, "epoch") as bar:
+    models = pd.DataFrame({"start": 0, "flood_level": demo.flood_levels})
+    with exit_on(DivergenceError), settings.ProgressBar(demo.trials * last, "epoch") as bar:
+        options = {"eval_every": every, "on_epoch": lambda n: bar.update(n / len(models))}
         for seed in range(demo.seed, demo.seed + demo.trials):
             began, history = time.time(), []
             data, generator = make_dataset(demo.data, seed), torch.Generator().manual_seed(seed)
             network = MLP(data.train.inputs.shape[1], demo.model, [generator])
-            groups = train(
-                network, data, demo.flood_levels, demo.training, device, generator,
-                eval_every=every, on_epoch=bar.update,
-            )  # fmt: skip
-            for now in itertools.chain.from_iterable(groups):
-                history.append(now.metrics.drop(columns="start").assign(seed=seed))
-                if now.epoch in networks and seed == demo.seed:
-                    for copy, level in enumerate(now.metrics.flood_level):
-                        networks[now.epoch][level] = now.network.select([copy])
+            for group, live in split_models(network, models, device):
+                for metrics in train(live, data, group, demo.training, generator, **options):
+                    history.append(metrics.drop(columns="start").assign(seed=seed))
+                    if (epoch := metrics.epoch[0]) in networks and seed == demo.seed:
+                        for copy, level in enumerate(group.flood_level):
+                            networks[epoch][level] = live.select([copy])
             histories.append(pd.concat(history))
             log.trial(seed, (began, time.time()), histories[-1])
     return pd.concat(histories, ignore_index=True), networks

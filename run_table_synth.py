@@ -6,8 +6,6 @@ on where it was. With `--search starts` as many networks are trained without flo
 of their own, and `table_synth_starts.csv` has them: what the choice among trainings gains alone.
 """
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -86,7 +84,7 @@ class Table:
         for data in self.list_settings():
             self.training.check_batches(data.train_samples, self.model.batch_norm)
 
-    def filled(self) -> Table:
+    def filled(self) -> "Table":
         """Return a copy that has the defaults of trials, step and training."""
         trials, step = (2, 0.1) if self.quick else (10, 0.01)
         training = self.training.filled()
@@ -135,7 +133,7 @@ from datasets import make_dataset
 from models import MLP
 from results import TRIAL, TrialsError, csv_bytes
 from tracking import TableLog, TrackingError
-from train import DivergenceError, count_groups, prepare_process, provenance, score_last_and_best
+from train import DivergenceError, prepare_process, provenance, score_last_and_best, split_models
 
 TrainedTrial = tuple[Trial, pd.DataFrame, tuple[float, float]]  # its rows; from when to when
 
@@ -224,27 +222,27 @@ def train_trial(
     started = time.time()
     device = prepare_process(table.device)
     data = make_dataset(trial.data, trial.seed)
-    starts, levels = zip(*table.list_models(table.search))
-    generators = [start_generator(trial.seed, start) for start in dict.fromkeys(starts)]
+    models = pd.DataFrame(table.list_models(table.search), columns=["start", "flood_level"])
+    generators = [start_generator(trial.seed, start) for start in models.start.unique()]
     network = MLP(data.train.inputs.shape[1], table.model, generators)
-    share = 1 / (table.training.epochs * count_groups(levels, device))
-    rows = score_last_and_best(
-        network, data, levels, table.training, device, generators[0], starts,
-        lambda: on_progress(share),
-    )  # fmt: skip
-    rows = rows.assign(**flat(trial), **table.shared(), **provenance(device))
+    total = table.training.epochs * len(models)
+    rows = [
+        score_last_and_best(
+            live, data, group, table.training, generators[0], lambda n: on_progress(n / total)
+        )
+        for group, live in split_models(network, models, device)
+    ]
+    rows = pd.concat(rows).assign(**flat(trial), **table.shared(), **provenance(device))
     return trial, rows, (started, time.time())
 
 
 def summarize_trial(rows: pd.DataFrame) -> dict[str, float]:
     """Return what one trial comes to: noisy test accuracies and chosen b, by scored epoch."""
-    starts = rows if rows.start.any() else None
-    table = results.compare(rows[rows.start == 0], starts)
-    names = ["with_flooding", "flood_level"] if starts is None else ["best_start"]
+    table = results.compare(rows[rows.start == 0], rows[rows.flood_level == 0])
+    table = table[table.labels == "noisy"].set_index("scored_epoch")
+    names = "without_flooding", "with_flooding", "flood_level", "best_start"
     return {
-        f"{row.scored_epoch}/{name}": row[f"{name}_mean"]
-        for _, row in table[table.labels == "noisy"].iterrows()
-        for name in ("without_flooding", *names)
+        f"{epoch}/{name}": table[f"{name}_mean"][epoch] for epoch in table.index for name in names
     }
 
 

@@ -7,8 +7,6 @@ flag, the string under it (or in `flag`) the flag's help: tyro reads them. A scr
 heavy import. A setting whose default hangs on others is None until `filled()` makes a copy with it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -165,7 +163,7 @@ class Training:
         check(0 <= decay < math.inf, "weight_decay", decay, "a finite number >= 0")
         check_counts(self, "batch_size", "epochs")
 
-    def filled(self) -> Training:
+    def filled(self) -> "Training":
         """Return a copy that has the defaults of learning rate and momentum for its optimizer."""
         momentum = DEFAULT_SGD_MOMENTUM if self.optimizer == "sgd" else 0.0
         return fill(self, learning_rate=DEFAULT_LEARNING_RATES[self.optimizer], momentum=momentum)
@@ -274,17 +272,15 @@ class ProgressBar(tqdm):
     Given an iterable, it counts what is taken of it. Where nobody reads it any more it is silent.
     """
 
-    def __init__(
-        self, total: int, unit: str, digits: int = 0, iterable: Iterable | None = None
-    ) -> None:
+    def __init__(self, total: int, unit: str, digits: int = 0, **options: object) -> None:
         seconds, columns = 30, 0
         if sys.stderr.isatty():  # which may not say its size
             seconds, columns = 0.1, os.get_terminal_size(sys.stderr.fileno()).columns
         counted = f"{{n:.{digits}f}} of {{total}} {unit}s [{{elapsed}}<{{remaining}}{{postfix}}]"
         super().__init__(
-            iterable, total=total, leave=False, miniters=0, mininterval=seconds,
-            delay=seconds - 0.1, ncols=columns or 80, nrows=20,
-            bar_format="{percentage:3.0f}%|{bar}| " + counted,
+            total=total, leave=False, miniters=0, mininterval=seconds, delay=seconds - 0.1,
+            ncols=columns or 80, nrows=20, bar_format="{percentage:3.0f}%|{bar}| " + counted,
+            **options,
         )  # fmt: skip
 
     def display(self, *arguments: object, **options: object) -> None:

@@ -4,10 +4,7 @@ Children are written when their trial is over. The store is what MLFLOW_TRACKING
 `sqlite:///mlflow.db` in the current folder, which is what a bare `mlflow ui` there opens.
 """
 
-from __future__ import annotations
-
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -94,9 +91,9 @@ def explain(error: BaseException) -> str:
         said = cause if isinstance(cause, OSError) and str(cause) else said
         cause = cause.__cause__ or cause.__context__
     systems = isinstance(said, OSError | ImportError) and type(said).__module__ == "builtins"
-    if shown_uri() != tracking_uri() and not systems:  # others may repeat it
-        return f"{shown_uri()}: {type(said).__name__}"
-    return f"{shown_uri()}: {(str(said).splitlines() or [type(said).__name__])[0]}"
+    harmless = systems or shown_uri() == tracking_uri()  # others may repeat the password
+    text = str(said).partition("\n")[0] if harmless else ""
+    return f"{shown_uri()}: {text or type(said).__name__}"
 
 
 def open_experiment(name: str) -> tuple[mlflow.MlflowClient, str]:
@@ -127,8 +124,7 @@ def open_experiment(name: str) -> tuple[mlflow.MlflowClient, str]:
 def noting_failures(method: Callable) -> Callable:
     """Let a method of ParentRun note what the store raises; one that is too slow is left alone."""
 
-    @functools.wraps(method)
-    def tried(log: ParentRun, *arguments: object) -> None:
+    def tried(log: "ParentRun", *arguments: object) -> None:
         began = time.monotonic()
         try:
             if log.seconds_lost < PATIENCE_SECONDS:
@@ -140,17 +136,14 @@ def noting_failures(method: Callable) -> Callable:
     return tried
 
 
-class ParentRun:
+class ParentRun(contextlib.AbstractContextManager):
     """A run with children and files; those that are not finished when it is left are FAILED.
 
     It is open when its store has taken a file, else TrackingError is raised; what the store refuses
     later is noted in `failures`. With a `key` the parent that has it goes on, if there is one. Its
-    page has the charts of its children, in the order of the parameter `sort`.
+    page has the charts of its children, in the order of the parameter `sort`. A subclass says
+    `experiment`, `settings_file` and `about`, the Markdown that all have.
     """
-
-    experiment: str
-    settings_file: str
-    about: str  # Markdown that every run has, and the experiment with a link to the last children
 
     def __init__(
         self, name: str, parameters: Mapping[str, object], tags: Mapping[str, str], sort: str,
@@ -178,9 +171,6 @@ class ParentRun:
         children = f"&compareRunsMode=CHART&searchFilter=tags.`{PARENT}` = '{self._id}'"
         # Sorted like this, the page does not fold children into their parent. It shows ten.
         self._page = runs + quote(f"{children}&orderByKey=params.`{sort}`&orderByAsc=true", "=&")
-
-    def __enter__(self) -> ParentRun:
-        return self
 
     def __exit__(self, *raised: object) -> None:
         """Mark what is not finished; the store may be what has failed, and is asked once."""

@@ -6,8 +6,6 @@ default demo; (c) training steps of the table's network for K models at once; (d
 by the plain loop of `reference.py`.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import os
@@ -21,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import pandas as pd
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -32,7 +31,7 @@ from models import MLP, prefers_convolution
 from run_demo_synth import Demo
 from run_table_synth import Table
 from settings import SPLITS, Model
-from train import make_optimizer, prepare_process, train, train_epochs
+from train import make_optimizer, prepare_process, split_models, train, train_epochs
 
 STACKS = (1, 4, 26, 51)
 SHAPES = ((1, 4000), (4, 500), (4, 1500), (26, 200))  # K and rows of the products of (a)
@@ -128,7 +127,9 @@ def numpy_rate() -> float:
 def demo_case(demo: Demo, data: Dataset, device: torch.device) -> Case:
     generator = torch.Generator().manual_seed(0)
     network = MLP(2, demo.model, [generator])
-    [epochs] = train(network, data, demo.flood_levels, demo.training, device, generator)
+    models = pd.DataFrame({"start": 0, "flood_level": demo.flood_levels})
+    [(models, live)] = split_models(network, models, device)
+    epochs = train(live, data, models, demo.training, generator)
     next(epochs)
     return Case("(b) demo, one epoch", lambda: next(epochs), demo_operations(demo, data))
 
@@ -138,7 +139,7 @@ def step_case(table: Table, data: Dataset, models: int, device: torch.device) ->
     generator = torch.Generator().manual_seed(0)
     network = MLP(2, table.model, [generator]).select([0] * models).to(device)
     levels = torch.linspace(0.1, 0.5, models).tolist()
-    epochs = train_epochs(network, data.train, levels, table.training, generator.get_state())
+    epochs = train_epochs(network, data.train, levels, table.training, generator)
     next(epochs)
     operations = step_operations(table.model, models, len(data.train.inputs))
     return Case(f"(c) training step, K = {models}", lambda: next(epochs), operations)

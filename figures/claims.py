@@ -6,8 +6,6 @@ FOLDER has the raw figures and gets RESULTS.md; without it they are those of thi
 RESULTS.md is the repository's. A section whose raw figures are not there says so in one line.
 """
 
-from __future__ import annotations
-
 import sys
 import textwrap
 from collections.abc import Callable

@@ -5,8 +5,6 @@ to choose one model of each trial; what one way gains over another is a series w
 trial. Accuracies and losses of ways are those on noisy labels.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import sys
@@ -25,6 +23,7 @@ from results import (
     SHARED,
     TRIAL,
     TrialsError,
+    adjusted,
     choose_models,
     compare,
     paired_gain,
@@ -198,9 +197,7 @@ def summarize(gains: pd.Series) -> pd.DataFrame:
         rows[setting] = {"trials": len(group), **row, "flip": flip}
     table = pd.DataFrame.from_dict(rows, orient="index")
     for name in ("p", "flip"):
-        known = table[name].dropna()
-        adjusted = scipy.stats.false_discovery_control(known) if len(known) else known
-        table[f"{name}_adjusted"] = pd.Series(adjusted, known.index, dtype=float)
+        table[f"{name}_adjusted"] = adjusted(table[name])
     return table.set_index(pd.MultiIndex.from_tuples(table.index, names=names))
 
 

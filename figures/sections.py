@@ -4,8 +4,6 @@ A section is a function of the raw figures that returns its sentences, which the
 and its paragraphs: how to read a table, and the table.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 

@@ -1,7 +1,5 @@
 """Run the scripts in a folder and a store of their own, in this process."""
 
-from __future__ import annotations
-
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; small matrices, and two cores
@@ -12,9 +10,9 @@ import shutil
 import signal
 import sys
 import time
+from collections import namedtuple
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -25,7 +23,6 @@ from settings import parse_flags
 from tracking import mlflow  # as the project sets it up
 
 PROJECT = Path(__file__).parent.parent
-SETTINGS = {"run_demo_synth.py": "Demo", "run_table_synth.py": "Table", "plot.py": "PlotSettings"}
 PICTURES = {"synth_acc.png", "synth_boundary.png", "synth_loss.png"}
 PARENT = "mlflow.parentRunId"
 SMALL = (
@@ -61,13 +58,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-@dataclass
-class Result:
-    """How a script ended and what it printed."""
-
-    status: int
-    output: str
-    errors: str
+Result = namedtuple("Result", "status output errors")  # how a script ended, what it printed
 
 
 class Folder:
@@ -80,6 +71,7 @@ class Folder:
     def run(self, script: str, *flags: object, stdout: TextIO | None = None) -> Result:
         """Run a script's `main` in this process."""
         module = importlib.import_module(script.removesuffix(".py"))
+        settings, _ = module.main.__annotations__.values()
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         output, errors, status = io.StringIO(), io.StringIO(), 0
         with pytest.MonkeyPatch.context() as patch:
@@ -88,7 +80,7 @@ class Folder:
             patch.setenv("MLFLOW_TRACKING_URI", self.uri)
             try:
                 with redirect_stdout(stdout or output), redirect_stderr(errors):
-                    module.main(parse_flags(getattr(module, SETTINGS[script]), module.__doc__))
+                    module.main(parse_flags(settings, module.__doc__))
             except SystemExit as leaving:
                 status = leaving.code
             finally:
@@ -125,12 +117,8 @@ class Folder:
     def children(self, parent: mlflow.entities.Run) -> list[mlflow.entities.Run]:
         """A parent's children by seed and flood level."""
         query = f"tags.`{PARENT}` = '{parent.info.run_id}'"
-        children = self.client.search_runs([parent.info.experiment_id], query)
-
-        def order(run: mlflow.entities.Run) -> tuple[float, float]:
-            return tuple(float(run.data.params.get(name, 0)) for name in ("seed", "flood_level"))
-
-        return sorted(children, key=order)
+        order = ["params.seed", "params.flood_level"]
+        return self.client.search_runs([parent.info.experiment_id], query, order_by=order)
 
     def artifacts(self, run: mlflow.entities.Run) -> set[str]:
         return {file.path for file in self.client.list_artifacts(run.info.run_id)}

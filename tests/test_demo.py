@@ -1,7 +1,5 @@
 """The demo as a user runs it and breaks it, and what MLflow then has."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -125,10 +123,10 @@ def test_trials_are_the_demos_of_their_seeds(folder, monkeypatch):
     trials, drawn, moving = [], [], {}
     train, draw_demo, draw_moving = run_demo_synth.train, plot.draw_demo, plot.draw_moving_boundary
 
-    def spied(network, data, levels, training, device, generator, **more):
+    def spied(network, data, models, training, generator, **more):
         weights = torch.cat([weight.flatten() for weight in network.state_dict().values()])
         trials.append((torch.tensor(data.train.inputs), weights, generator.get_state()))
-        return train(network, data, levels, training, device, generator, **more)
+        return train(network, data, models, training, generator, **more)
 
     def spied_moving(outcome, boundaries):
         moving.update(boundaries)
@@ -254,10 +252,10 @@ def test_data_out_of_the_plane_have_no_boundary(folder):
 
 
 def test_a_demo_that_diverges_keeps_its_finished_trials(folder, monkeypatch):
-    def diverging(network, data, levels, training, *more, **options):
+    def diverging(network, data, models, training, *more, **options):
         rates.append(1e30 if rates else 0.01)
         training = replace(training, learning_rate=rates[-1])
-        return train(network, data, levels, training, *more, **options)
+        return train(network, data, models, training, *more, **options)
 
     rates, train = [], run_demo_synth.train
     monkeypatch.setattr(run_demo_synth, "train", diverging)

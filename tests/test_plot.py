@@ -1,7 +1,5 @@
 """The pictures, by what is drawn in them: curves, frames, names, figures; nothing overlaps."""
 
-from __future__ import annotations
-
 import io
 import itertools
 from types import SimpleNamespace

@@ -1,9 +1,6 @@
 """Settings, the flags made from them, and how a script starts and ends, wherever it is run."""
 
-from __future__ import annotations
-
 import fcntl
-import json
 import os
 import pty
 import re
@@ -13,28 +10,16 @@ import sys
 import termios
 
 import pytest
-from conftest import PROJECT, one_line, parse
+from conftest import PROJECT, one_line
 
 from datasets import Data
-from run_demo_synth import Demo
-from settings import Model, SettingError, Training, flat
+from settings import SettingError, Training
 
 
 def python(*command: object, **options: object) -> subprocess.CompletedProcess:
     """Run Python in a process of its own, as a user does."""
     options = {"cwd": PROJECT, "text": True, "timeout": 60, **options}
     return subprocess.run([sys.executable, *map(str, command)], **options)
-
-
-def test_flags_are_flat_and_so_are_the_parameters():
-    flags = ("--dataset", "spiral", "--epochs", 7, "--no-batch-norm", "--val-samples", 9)
-    demo = parse(Demo, *flags, "--learning-rate", 0.3, "--batch-size", 199)
-    assert (demo.data.dataset, demo.data.train_samples, demo.data.val_samples) == ("spiral", 200, 9)
-    assert (demo.training.epochs, demo.training.learning_rate) == (7, 0.3)
-    assert demo.model == Model(batch_norm=False)  # with it no example may be alone in a batch
-    parameters = flat(demo)
-    assert (parameters["dataset"], parameters["output_dir"]) == ("spiral", ".")
-    assert json.loads(json.dumps(parameters)) == parameters
 
 
 def test_what_a_flag_cannot_say_is_refused_too():

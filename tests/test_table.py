@@ -1,7 +1,5 @@
 """The synthetic table: small ones, stopped, resumed, put together from files, refused."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal
@@ -101,9 +99,10 @@ def test_raw_figures_are_of_a_training_that_scores_last_and_best(whole):
     rows = raw[(raw.seed == 6) & (raw.dataset == "gaussian")].reset_index(drop=True)
     sizes = {"train_samples": 40, "val_samples": 30, "test_samples": 200}
     data = make_dataset(Data(dataset="gaussian", label_noise=0.1, **sizes), seed=6)
-    generator, device = torch.Generator().manual_seed(6), torch.device("cpu")
+    generator, models = torch.Generator().manual_seed(6), pd.DataFrame({"start": [0, 0, 0]})
     network = MLP(10, Model(hidden_layers=2, hidden_units=16, batch_norm=False), [generator])
-    expected = score_last_and_best(network, data, [0, 0.3, 0.6], TRAINING, device, generator)
+    models, network = models.assign(flood_level=[0, 0.3, 0.6]), network.select([0] * 3)
+    expected = score_last_and_best(network, data, models, TRAINING, generator)
     figures = [*MODEL, *FIGURES]
     pd.testing.assert_frame_equal(rows[figures], expected[figures], check_exact=True)
     assert (rows.version == 2).all() and (rows.device == "cpu").all()
@@ -149,14 +148,14 @@ def test_the_weights_of_a_start_are_drawn_by_the_documented_rule():
 def test_what_stops_a_table_costs_no_finished_trial(whole, folder, monkeypatch):
     """Nor does another job in the same folder, while the first is at it; nor store and picture."""
 
-    def train(network, data, levels, training, *rest):
+    def train(network, data, models, training, *rest):
         trainings.append(training)
         if len(trainings) == 3:
             assert trained(folder) == 2
             said = folder.refuse(SCRIPT, *SMALL)
             assert said == "--output-dir .: another table is made there"
             training = replace(training, optimizer="sgd", learning_rate=1e30)
-        return score_last_and_best(network, data, levels, training, *rest)
+        return score_last_and_best(network, data, models, training, *rest)
 
     def away(*_):
         raise OSError("the store is away")

@@ -1,7 +1,5 @@
 """The MLflow store: silent, gone, refusing, moved; and what is said about it."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -16,12 +16,16 @@ import train
 from datasets import Data, Dataset, make_dataset
 from models import MLP, stacked_product
 from settings import SCORES, SPLITS, Model, SettingError, Training
-from train import DivergenceError, count_groups, score_last_and_best
+from train import DivergenceError, score_last_and_best
 
 CPU = torch.device("cpu")
 METRICS = [f"{split}_{score}" for split in SPLITS for score in SCORES]
 METRICS += ["train_batch_loss", "train_flooded_fraction_so_far"]
 LEVELS = [0.0, 0.3, 0.6]
+
+
+def models_of(levels, starts=0) -> pd.DataFrame:
+    return pd.DataFrame({"start": starts, "flood_level": levels})
 
 
 def training(optimizer="sgd", **changes) -> Training:
@@ -82,12 +86,12 @@ def one_by_one(network, data, level, settings, generator, start) -> Iterator[dic
         yield dict(metrics)
 
 
-def train_all(*arguments, **options) -> pd.DataFrame:
+def train_all(network, data, models, settings, generator, **options) -> pd.DataFrame:
     """The metrics by flood level and epoch."""
-    metrics = pd.concat(
-        [now.metrics for epochs in train.train(*arguments, **options) for now in epochs]
-    )
-    return metrics.set_index(["flood_level", "epoch"])
+    metrics = []
+    for group, live in train.split_models(network, models, CPU):
+        metrics += train.train(live, data, group, settings, generator, **options)
+    return pd.concat(metrics).set_index(["flood_level", "epoch"])
 
 
 def assert_equal(found, expected: dict[str, float]) -> None:
@@ -118,14 +122,18 @@ def test_models_at_once_equal_models_one_by_one(
     settings, data = training(optimizer, flood_on=flood_on, epochs=8), small_data()
     network, generator = network_and_generator(batch_norm, copies=3)
     state = generator.get_state()
-    arguments = network, data, LEVELS, settings, CPU, generator, starts
-    metrics, scored = train_all(*arguments), score_last_and_best(*arguments)
+    asked = models_of(LEVELS, starts or 0)
+    metrics = train_all(network, data, asked, settings, generator)
+    scored = pd.concat(
+        score_last_and_best(live, data, group, settings, generator)
+        for group, live in train.split_models(network, asked, CPU)
+    )
     assert set(metrics) == {"start", *METRICS}
     order = [(level, epoch) for group in ([0.0, 0.3], [0.6]) for epoch in range(9)
              for level in group]  # fmt: skip
     assert list(metrics.index) == order
     scored = scored.set_index(["scored_epoch", "flood_level"])
-    assert list(scored.index) == [*itertools.product(("last", "best"), LEVELS)]
+    assert sorted(scored.index) == [*itertools.product(("best", "last"), LEVELS)]
     for level, start in zip(LEVELS, starts or [0, 0, 0]):
         generator.set_state(state)
         expected = list(one_by_one(network, data, level, settings, generator, start))
@@ -148,21 +156,14 @@ def test_models_at_once_equal_models_one_by_one(
 def test_a_stacked_product_and_its_gradients_are_right(shape, convolution, monkeypatch):
     monkeypatch.setattr(models, "prefers_convolution", lambda device: convolution)
     samples, copies, inputs, outputs = shape
-    rows, weight = torch.randn(samples, copies * inputs), torch.randn(copies, outputs, inputs)
-    found = [tensor.requires_grad_() for tensor in (rows, weight)]
-    exact = [tensor.detach().double().requires_grad_() for tensor in (rows, weight)]
-    by_copy = exact[0].view(samples, copies, inputs)
-    products = [
-        stacked_product(*found), torch.einsum("nki,koi->nko", by_copy, exact[1]).flatten(1)
-    ]  # fmt: skip
-    for product in products:
-        product.sin().sum().backward()
-    for one, other in zip(
-        (products[0], *(each.grad for each in found)),
-        (products[1], *(each.grad for each in exact)),
-        strict=True,
-    ):
-        torch.testing.assert_close(one.double(), other, atol=1e-4, rtol=1e-4)
+    rows = torch.randn(samples, copies * inputs, requires_grad=True)
+    weight = torch.randn(copies, outputs, inputs, requires_grad=True)
+    each = [x @ matrix.T for x, matrix in zip(rows.chunk(copies, dim=1), weight)]
+    found, expected = (
+        (product, *torch.autograd.grad(product.sin().sum(), (rows, weight)))
+        for product in (stacked_product(rows, weight), torch.cat(each, dim=1))
+    )
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -192,7 +193,8 @@ def test_the_processor_decides_which_kernel_multiplies(
 def test_the_training_loss_floats_at_the_level():
     network, generator = network_and_generator(batch_norm=False)
     settings = training("adam", batch_size=30, epochs=300)
-    metrics = train_all(network, small_data(), [0.0, 0.5], settings, CPU, generator, eval_every=300)
+    models = models_of([0.0, 0.5])
+    metrics = train_all(network, small_data(), models, settings, generator, eval_every=300)
     last = metrics.loc[0.5, 300]
     assert last.train_loss_noisy == pytest.approx(0.5, abs=0.02)
     assert 0.1 < last.train_flooded_fraction_so_far < 0.9
@@ -217,7 +219,7 @@ def test_a_loss_at_the_level_is_not_below_it():
         nn.init.zeros_(parameter)  # its loss is log 2, to the last bit
     levels = [0.0, 0.1, torch.tensor(2.0).log().item(), 50.0]
     settings = training(learning_rate=1e-12, batch_size=2, epochs=1)  # the mean of two is exact
-    metrics = train_all(network, small_data(), levels, settings, CPU, generator)
+    metrics = train_all(network, small_data(), models_of(levels), settings, generator)
     assert list(metrics.xs(1, level="epoch").train_flooded_fraction_so_far) == [0, 0, 0, 1]
 
 
@@ -226,46 +228,42 @@ def test_same_bits_again_also_where_few_epochs_are_evaluated():
     network, generator = network_and_generator(batch_norm=True)
     randomness, found, ticks = torch.get_rng_state(), [], []
     for eval_every in (1, 1, 3):
-        options = {"eval_every": eval_every, "on_epoch": lambda: ticks.append(1)}
-        settings = training("adam", epochs=5)
-        found.append(train_all(network, small_data(), LEVELS, settings, CPU, generator, **options))
+        options = {"eval_every": eval_every, "on_epoch": ticks.append}
+        arguments = network, small_data(), models_of(LEVELS), training("adam", epochs=5), generator
+        found.append(train_all(*arguments, **options))
     first, second, sparse = found
     pd.testing.assert_frame_equal(first, second, check_exact=True)
     evaluated = first[first.index.isin([0, 3, 5], level="epoch")]
     pd.testing.assert_frame_equal(evaluated, sparse, check_exact=True)
-    assert len(ticks) == 3 * 5 * count_groups(LEVELS, CPU) == 15
+    assert ticks == [3] * 3 * 5
     assert torch.equal(torch.get_rng_state(), randomness)
 
 
-def test_divergence_names_level_epoch_and_learning_rate():
+def test_divergence_names_level_epoch_and_learning_rate_and_bad_levels_are_refused():
     data = small_data()
     network, generator = network_and_generator(batch_norm=False)
-    arguments = network, data, [0.5], training(learning_rate=1e30), CPU, generator
+    arguments = network, data, models_of([0.5]), training(learning_rate=1e30), generator
     for eval_every in (1, 100):
         with pytest.raises(DivergenceError, match=r"flood level 0\.5: .* epoch 1.*rate 1e\+30"):
             train_all(*arguments, eval_every=eval_every)
     data.test.inputs[3] = np.inf
     with pytest.raises(DivergenceError, match="test_loss_noisy is nan"):
-        score_last_and_best(network, data, [0.5], training(), CPU, generator)
-
-
-@pytest.mark.parametrize("level", [-0.1, math.nan, math.inf])
-def test_a_level_that_would_spoil_the_training_in_silence_is_refused(level):
-    network, generator = network_and_generator(batch_norm=True)
-    with pytest.raises(SettingError, match="flood_levels"):
-        train_all(network, small_data(), [0.0, level], training(), CPU, generator)
+        score_last_and_best(network, data, models_of([0.5]), training(), generator)
+    for level in (-0.1, math.nan, math.inf):
+        with pytest.raises(SettingError, match="flood_levels"):
+            train_all(network, data, models_of([0.0, level]), training(), generator)
 
 
 def test_the_boundary_is_the_networks():
     data = small_data()
     network, generator = network_and_generator(batch_norm=True)
-    [epochs] = train.train(network, data, [0.0, 0.5], training(), CPU, generator)
-    *_, last = epochs
-    boundary = train.find_boundary([last.network.select([k]) for k in range(2)], data.train)
-    for predictions, accuracy in zip(boundary.predictions, last.metrics.train_accuracy_noisy):
+    [(models, live)] = train.split_models(network, models_of([0.0, 0.5]), CPU)
+    *_, last = train.train(live, data, models, training(), generator)
+    boundary = train.find_boundary([live.select([k]) for k in range(2)], data.train)
+    for predictions, accuracy in zip(boundary.predictions, last.train_accuracy_noisy):
         assert (predictions == data.train.noisy_labels).mean() == accuracy
     point = torch.tensor([[boundary.axis[7], boundary.axis[190]]])  # x1, x2
-    expected = last.network.eval()(point).softmax(dim=-1)[0, :, 1].detach()
+    expected = live.eval()(point).softmax(dim=-1)[0, :, 1].detach()
     np.testing.assert_allclose(boundary.probability[:, 190, 7], expected, atol=1e-6)
 
 
