@@ -266,6 +266,11 @@ def distances(figures: pd.DataFrame) -> pd.DataFrame:
     return (groups.mean() - QUOTED.unstack()) ** 2 / (2 * variance / LAST_TRIALS)
 
 
+def first_distances(figures: pd.DataFrame) -> pd.Series:
+    """Return each candidate's distance by the first trials alone."""
+    return distances(figures.groupby(CANDIDATE).head(FIRST_TRIALS)).sum(axis=1)
+
+
 def choose_network(figures: pd.DataFrame) -> tuple[str, list[tuple]]:
     """Apply the rule; return the state ("first", "last", "chosen") and the candidates it means.
 
@@ -277,8 +282,7 @@ def choose_network(figures: pd.DataFrame) -> tuple[str, list[tuple]]:
     trials = figures.groupby(CANDIDATE).size().reindex(CANDIDATES, fill_value=0)
     if missing := [one for one in CANDIDATES if trials[one] < FIRST_TRIALS]:
         return "first", missing
-    first = distances(figures.groupby(CANDIDATE).head(FIRST_TRIALS)).sum(axis=1)
-    nearest = [*first.nsmallest(2).index]
+    nearest = [*first_distances(figures).nsmallest(2).index]
     if missing := [one for one in nearest if trials[one] < LAST_TRIALS]:
         return "last", missing
     total = distances(figures).sum(axis=1)[nearest].sort_values()

@@ -102,22 +102,24 @@ def is_tested(summary: pd.DataFrame) -> bool:
     return bool(summary.xs(0.0, level="spiral_noise").p.notna().all())
 
 
-def verdict(gains: pd.Series) -> str:
-    """Say of A and B how large a gain is, in how many settings it is positive or significant.
+def average(gains: pd.Series) -> str:
+    """Say how large a gain is over all settings, with the interval of the trials' own averages."""
+    mean, low, high, _ = paired_gain("", 100 * gains.groupby("seed").mean()).values()
+    return f"{results.interval(mean, low, high, math.nan)} points on average"
 
-    On average over the settings it has an interval, too: that of the trials' own averages.
-    """
+
+def verdict(gains: pd.Series) -> str:
+    """Say of A and B how large a gain is, in how many settings it is positive or significant."""
     summary = summarize(gains)
     tested = is_tested(summary)
 
     def say(epoch: str) -> str:
-        rows, trials = counted(summary, epoch), counted(gains, epoch).groupby("seed").mean()
-        mean, low, high, _ = paired_gain("", 100 * trials).values()
+        rows = counted(summary, epoch).round(9)  # a tie is no lead
         sure = rows[rows.p_adjusted < SIGNIFICANCE if tested else rows.low * rows.high > 0]["mean"]
         ahead, surely, behind = ((some > 0).sum() for some in (rows["mean"], sure, -sure))
         return (
-            f"{results.interval(mean, low, high, math.nan)} points on average ({ahead} of "
-            f"{len(rows)} settings ahead, {surely} significantly; {behind} significantly behind)"
+            f"{average(counted(gains, epoch))} ({ahead} of {len(rows)} settings ahead, "
+            f"{surely} significantly; {behind} significantly behind)"
         )
 
     return of_both(say) + (f"; p {adjusted(summary)}" if tested else "")

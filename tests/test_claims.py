@@ -66,6 +66,7 @@ def test_gains_and_the_sign_flip_test():
     said = f"in A {means.mean():+.1f} [{low:+.1f}, {high:+.1f}] points on average (3 of 3 settings "
     said += f"ahead, {sure} significantly; 0 significantly behind); in B"
     assert claims.verdict(of_nine).startswith(said) and "adjusted" not in claims.verdict(of_nine)
+    assert "0 of 3 settings ahead" in claims.verdict(0 * gains + 1e-16)
     few = gains[gains.index.get_level_values("seed") < 3].reset_index().assign(spiral_noise=1.0)
     mixed = pd.concat([gains, few.set_index(KEY)[ACCURACY]])  # a spiral that is not counted
     assert claims.verdict(mixed) == claims.verdict(gains)
