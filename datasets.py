@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import numpy as np
 from numpy.random import Generator
 
-from settings import SPLITS, check, check_counts, fill, flag
+from settings import SPLITS, Count, check, check_counts, fill, flag
 
 GAUSSIAN_DIMENSIONS = 10
 GAUSSIAN_SHIFT = 1.0  # m: the negative mean is (m, ..., m), the positive mean the origin
@@ -47,14 +47,14 @@ class Source:
     """All that this project knows of a data set.
 
     Args:
-        samples: the authors' sizes of train, validation and test split, in examples in all.
+        samples: the authors' size of the training, and of the validation split, in all.
         draw: returns n inputs and clean labels from (n, spiral_noise, generator).
         boundary: a score [n] of inputs [n, 2], 0 on the true boundary and positive in class 1;
             None where the inputs are not in the plane.
         best_accuracy: the best possible accuracy on clean labels, a fraction, with no spiral_noise.
     """
 
-    samples: tuple[int, int, int]
+    samples: int
     draw: Callable[[int, float, Generator], Drawn]
     boundary: Callable[[np.ndarray], np.ndarray] | None
     best_accuracy: float
@@ -108,16 +108,16 @@ def _spiral_boundary(inputs: np.ndarray) -> np.ndarray:
 
 
 HALF_DISTANCE = GAUSSIAN_SHIFT * math.sqrt(GAUSSIAN_DIMENSIONS) / 2  # of the Gaussians' means
-# The released code counts `gaussian` and `spiral` per class: 100, 100 and 10 000.
+# The released code counts `gaussian` and `spiral` per class: 100, and 10 000 to test.
 DATASETS = {
-    "sinusoid2d": Source((100, 100, 20_000), _sinusoid2d, _sinusoid2d_boundary, 1.0),
-    "sinusoid": Source((100, 100, 20_000), _sinusoid, None, 1.0),
-    "gaussian": Source((200, 200, 20_000), _gaussian, None, NormalDist().cdf(HALF_DISTANCE)),
-    "spiral": Source((200, 200, 20_000), _spiral, _spiral_boundary, 1.0),
+    "sinusoid2d": Source(100, _sinusoid2d, _sinusoid2d_boundary, 1.0),
+    "sinusoid": Source(100, _sinusoid, None, 1.0),
+    "gaussian": Source(200, _gaussian, None, NormalDist().cdf(HALF_DISTANCE)),
+    "spiral": Source(200, _spiral, _spiral_boundary, 1.0),
 }
 DatasetName = Literal[tuple(DATASETS)]
 SIZES = tuple(f"{split}_samples" for split in SPLITS)
-SplitSize = Annotated[int | None, flag("N", "(default: the authors' size, see the README)")]
+SplitSize = Annotated[int | None, flag("N", "(default: 100; gaussian and spiral 200)")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ class Data:
     """training examples in all"""
     val_samples: SplitSize = None
     """validation examples in all"""
-    test_samples: SplitSize = None
+    test_samples: Count = 20_000
     """test examples in all"""
 
     def __post_init__(self) -> None:
@@ -147,7 +147,8 @@ class Data:
 
     def filled(self) -> "Data":
         """Return a copy that has the authors' sizes of the splits where none are said."""
-        return fill(self, **dict(zip(SIZES, DATASETS[self.dataset].samples)))
+        samples = DATASETS[self.dataset].samples
+        return fill(self, train_samples=samples, val_samples=samples)
 
     def __str__(self) -> str:
         spiral = f", spiral noise {self.spiral_noise:g}" if self.spiral_noise else ""
@@ -186,6 +187,6 @@ def best_possible_accuracy(data: Data, label_noise: float) -> float:
     """
     if data.spiral_noise:
         return math.nan  # the arms of the spiral overlap
-    samples, clean = data.filled().test_samples, DATASETS[data.dataset].best_accuracy
-    flipped = int(label_noise * samples) / samples
+    clean = DATASETS[data.dataset].best_accuracy
+    flipped = int(label_noise * data.test_samples) / data.test_samples
     return clean * (1 - flipped) + (1 - clean) * flipped

@@ -19,7 +19,8 @@ comes in parts: accumulation, DDP. `examples/` has the loops. What goes wrong si
   cross-entropy above 0.500 with 10 classes, 0.291 with 3). If it is 100 % and J does not rise, J
   lies flat at 0 (hinge, triplet with all margins kept) and has no gradient to be lifted by.
 - b has the unit of J, nats for cross-entropy only. J summed, divided or scaled before `flood` meets
-  a b of another size: scale the flooded loss. Weight decay in the optimizer is outside J.
+  a b of another size: scale the flooded loss. Weight decay in the optimizer is outside J, a penalty
+  that is added before `flood` is inside.
 - Flooding each part of a batch is another method, with parts of one example iFlood (ICLR 2022).
   Batch norm sees the parts, whichever way they are flooded.
 - FGM, PGD and the like, between backward and step, walk downhill while J is below b: flood with
@@ -34,7 +35,7 @@ comes in parts: accumulation, DDP. `examples/` has the loops. What goes wrong si
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
 
 import torch
@@ -85,15 +86,17 @@ def flood_gradients(parameters: Iterable[Tensor], loss: Tensor, level: float | T
         level: the flood level b in nats, as for `flood`, but no vector. 0 changes nothing.
 
     Raises:
-        ValueError: an argument is not as above, a generator was used up before, or parameters
-            require gradients and none has one. That is a forgotten `backward()`, or a rank whose
-            parameters took no part in the step, which cannot be told apart: do not call it there.
+        ValueError: an argument is not as above, or no parameter has a gradient and some require
+            one: that is a forgotten `backward()`, or a rank whose parameters took no part in the
+            step, which cannot be told apart: do not call it there. Or a generator has been used up
+            before, for which any `filter`, `map` or `chain` without a gradient is taken.
     """
     _check_loss(loss, dimensions=0)
     _check_level(level, loss.shape)
     if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
         parameters = [parameters]
-    used_up = getattr(parameters, "gi_frame", parameters) is None  # a generator at its end
+    once = isinstance(parameters, Iterator)
+    used_up = once and getattr(parameters, "gi_frame", None) is None  # a generator at its end
     parameters = list(parameters)
     if wrong := [type(each).__name__ for each in parameters if not isinstance(each, Tensor)]:
         raise ValueError(f"flooding found a {wrong[0]}, no tensor: pass model.parameters()")

@@ -1,4 +1,4 @@
-"""Draw a demo's pictures again, but the moving one, from the files that it saved.
+"""Draw a demo's pictures again, all but the moving one, from the files that it saved.
 
 As a module it draws what flooding does: a demo's curves and boundaries, and the paper's table.
 """
@@ -317,8 +317,8 @@ def read_demo(folder: Path) -> tuple[Outcome, Boundary | None]:
     try:
         parameters = json.loads((folder / results.SETTINGS_FILE).read_text())
         outcome = results.conclude(results.read_csv(folder / results.HISTORY_FILE), parameters)
-        file = folder / results.BOUNDARY_FILE  # may be left by another demo
-        if not file.exists() or not DATASETS[parameters["dataset"]].boundary:
+        file = folder / results.BOUNDARY_FILE
+        if not file.exists():
             return outcome, None
         with np.load(file) as arrays:
             return outcome, Boundary(**arrays)

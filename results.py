@@ -63,7 +63,7 @@ def conclude(history: pd.DataFrame, parameters: Mapping[str, object]) -> Outcome
     """Choose a demo's level, on the validation labels that its `select_on` names; sum it up."""
     labels = str(parameters["select_on"])
     last = history[history.epoch == history.epoch.max()]
-    means = last.groupby("flood_level", as_index=False).mean().round(9)  # equal ones are equal
+    means = last.groupby("flood_level").mean().round(9).reset_index()  # equal ones are equal
     chosen = choose_models(means, labels).flood_level.item()
     flooded = choose_models(means[means.flood_level > 0], labels).flood_level
     compared = flooded.item() if len(flooded) else chosen

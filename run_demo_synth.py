@@ -40,7 +40,7 @@ class Demo:
     select_on: Literal["clean", "noisy"] = "clean"
     """validation labels whose last-epoch accuracy chooses the level; in practice all are noisy"""
     eval_every: Count = 1
-    """epochs between evaluations; the last epoch is always evaluated"""
+    """epochs between evaluations, the last always among them; MLflow's best/... is of these"""
     trials: Count = 1
     """trials; trial t draws data and weights from seed + t"""
     animate: Switch = False
@@ -103,6 +103,8 @@ def main(demo: Demo) -> None:
             boundary = find_boundary(compared[demo.training.epochs], data)
         files = demo_files(outcome, boundary)
         with noting(failures, OSError):
+            for name in (results.BOUNDARY_FILE, "synth_boundary.png", "synth_boundary.gif"):
+                (demo.output_dir / name).unlink(missing_ok=True)  # another demo's
             tell(failures, "Result:", *write_files(files, demo.output_dir))
         log.finish(outcome, files)
         with noting(failures, Exception):  # whatever drawing may raise

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import settings
-from datasets import SIZES, Data, DatasetName, SplitSize
+from datasets import SIZES, Data, DatasetName
 from settings import Model, SettingError, Training, check, exit_on, flag, flat, noting, tell
 
 FILES = {"levels": "table_synth_trials.csv", "starts": "table_synth_starts.csv"}  # by search
@@ -50,20 +50,19 @@ class Table:
     """training examples in all"""
     val_samples: settings.Count = 200
     """validation examples in all"""
-    test_samples: SplitSize = None
+    test_samples: settings.Count = 20_000
     """test examples in all"""
     model: Model = Model(hidden_layers=5)
     training: Training = Training(optimizer="adam", batch_size=200, epochs=500)
-    trials: Annotated[int | None, flag("N", "(default: 10, with --quick 2)")] = None
+    trials: settings.Count = 10
     """trials of a setting; trial t draws data and weights from seed + t"""
     flood_max: Annotated[float, flag("B")] = 0.5
     """highest flood level, in nats; if it is no multiple of the step, the last one below it"""
-    flood_step: Annotated[float | None, flag("B", "(default: 0.01, with --quick 0.1)")] = None
+    flood_step: Annotated[float, flag("B")] = 0.01
     """step of the flood levels, which start at 0"""
-    quick: settings.Switch = False
-    """show the shape of the result sooner: fewer trials and flood levels"""
     search: Literal["levels", "starts"] = "levels"
-    """train a network at each flood level, or as many without flooding, each from other weights"""
+    """train a network at each flood level, or as many without flooding, each from other weights:
+    the fair gain of the table in the same folder is over the best of these"""
     workers: settings.Count = 1
     """trials that are trained side by side, each in a process of its own"""
     seed: settings.Seed = 0
@@ -77,18 +76,17 @@ class Table:
             check(len(getattr(self, name)) > 0, name, "()", "at least one value")
         highest, step = self.flood_max, self.flood_step
         check(0 < highest < 100, "flood_max", highest, "a number of nats in (0, 100)")
-        fits = step is None or 0.0001 <= step <= highest
-        check(fits, "flood_step", step, f"from 0.0001 to --flood-max {highest:g}")
+        check(
+            0.0001 <= step <= highest, "flood_step", step, f"from 0.0001 to --flood-max {highest:g}"
+        )
         for tau in self.spiral_noise:
             check(tau == 0 or "spiral" in self.dataset, "spiral_noise", tau, "only with the spiral")
         for data in self.list_settings():
             self.training.check_batches(data.train_samples, self.model.batch_norm)
 
     def filled(self) -> "Table":
-        """Return a copy that has the defaults of trials, step and training."""
-        trials, step = (2, 0.1) if self.quick else (10, 0.01)
-        training = self.training.filled()
-        return settings.fill(replace(self, training=training), trials=trials, flood_step=step)
+        """Return a copy that has the defaults of its training."""
+        return replace(self, training=self.training.filled())
 
     def list_settings(self) -> list[Data]:
         """Return the data of each setting; network and training are the same in all."""
@@ -154,7 +152,7 @@ def main(table: Table) -> None:
             for search, name in FILES.items()
         }
         parameters = {**flat(table), **shared}
-        for name in ("trials", "seed", "quick", "workers", "device"):
+        for name in ("trials", "seed", "workers", "device"):
             del parameters[name]  # the same is trained, however and however far
         log = TableLog({**parameters, "output_dir": str(folder.absolute())})
     with log:

@@ -247,8 +247,9 @@ def test_gradients_of_tied_frozen_and_single_parameters():
     assert frozen.grad is empty.grad is None and frozen.equal(torch.ones(3))
     # But backward() was forgotten, or a generator has been used before.
     tied.grad, used_up = None, nn.Linear(1, 1).parameters()
-    list(used_up)
-    for parameters in (tied, [empty, frozen, tied], used_up):
+    filtered = filter(lambda parameter: parameter.requires_grad, nn.Linear(1, 1).parameters())
+    torch.optim.SGD(filtered), list(used_up)
+    for parameters in (tied, [empty, frozen, tied], used_up, filtered):
         with pytest.raises(ValueError, match="no gradient"):
             flood_gradients(parameters, loss, 2.0)
 

@@ -76,6 +76,8 @@ def test_a_demos_level_is_chosen_on_the_labels_asked_for(tmp_path):
     assert (noisy.chosen, noisy.compared) == (0, 0.3)  # no flooding, and the best of the others
     alone = conclude(history[history.flood_level == 0], {"select_on": "noisy"})
     assert (alone.chosen, alone.compared) == (0, 0)
+    thirds = history.assign(flood_level=history.flood_level / 3)
+    assert conclude(thirds, {"select_on": "clean"}).chosen == history.flood_level.unique()[2] / 3
     (tmp_path / "history.csv").write_bytes(csv_bytes(history))
     kept = read_csv(tmp_path / "history.csv")
     pd.testing.assert_frame_equal(kept, history, check_exact=True)
