@@ -24,6 +24,7 @@ COLUMNS = [*TRIAL, *SHARED, *MODEL, *FIGURES, *ORIGIN]
 SIGNIFICANCE = 0.05  # of the adjusted p-value that sets a gain in bold
 SETTINGS_FILE, HISTORY_FILE, BOUNDARY_FILE = "demo.json", "history.csv", "boundary.npz"  # a demo's
 LEAST_TRIALS = 10  # with fewer a gain has its interval, and no p-value
+Files = Mapping[str, bytes | str | pd.DataFrame]  # contents by name
 
 
 def choose_models(
@@ -79,21 +80,23 @@ def _summarize(last: pd.DataFrame, labels: str) -> str:
         "train, noisy": "train_accuracy_noisy", f"val, {labels}": f"val_accuracy_{labels}",
         "test, clean": "test_accuracy_clean", "test loss, clean": "test_loss_clean",
     }  # fmt: skip
-    lines = [
-        f"Last epoch, accuracies in %, each against noisy or clean labels{spread}:\n",
-        f"flood level{''.join(f'{title:>{len(title) + 3}}' for title in columns)}",
-    ]
+    lines = ["flood level" + "".join(f"{title:>{len(title) + 3}}" for title in columns)]
     for level, rows in last.groupby("flood_level"):
         line = f"{f'{level:g}' if level else 'no flooding':11}"
         for title, name in columns.items():
-            digits, scale = (3, 1) if "loss" in name else (1, 100)
-            mean, deviation = (scale * figure for figure in rows[name].agg(["mean", "std"]))
-            text = f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if trials > 1 else "")
-            line += f"{text:>{len(title) + 3}}"
+            line += f"{mean_and_spread(rows[name]):>{len(title) + 3}}"
         if level in chosen:
             line += "  <- chosen" + (f" by {chosen[level]}" if trials > 1 else "")
         lines.append(line)
-    return "\n".join(lines)
+    about = f"Last epoch, accuracies in %, each against noisy or clean labels{spread}:"
+    return "\n".join([about, "", *lines])
+
+
+def mean_and_spread(scores: pd.Series) -> str:
+    """Return mean ± standard deviation of a score as text, accuracies in %; of one no deviation."""
+    scale, digits = (1, 3) if "loss" in scores.name else (100, 1)
+    mean, deviation = (number(scale * x, digits) for x in (scores.mean(), scores.std()))
+    return mean if deviation == "-" else f"{mean} ± {deviation}"
 
 
 def compare(trials: pd.DataFrame, starts: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -185,11 +188,10 @@ def markdown(table: pd.DataFrame) -> str:
 
 def _shown(row: pd.Series, starts: int) -> dict[str, str]:
     """Return a row of `compare` as texts, by their titles."""
-    best = row.best_possible
     shown = {
         "data set": name_of(row.dataset, row.spiral_noise),
         "label noise": f"{100 * row.label_noise:g}%",
-        "best possible": "unknown" if math.isnan(best) else f"{100 * best:.1f}",
+        "best possible": number(100 * row.best_possible).replace("-", "unknown"),
         "without flooding": mean_and_deviation(row, "without_flooding"),
         "with flooding": mean_and_deviation(row, "with_flooding"),
         "b": mean_and_deviation(row, "flood_level", scale=1, digits=2),
@@ -210,8 +212,7 @@ def mean_and_deviation(row: pd.Series, name: str, scale: float = 100, digits: in
 def gain_and_interval(row: pd.Series, name: str) -> str:
     """Return a gain of `compare` in points, with interval and adjusted p as far as it has them."""
     figures = (100 * row[f"{name}_{figure}"] for figure in ("mean", "low", "high"))
-    p = row[f"{name}_p_adjusted"]
-    text = interval(*figures, p)
+    text = interval(*figures, p := row[f"{name}_p_adjusted"])
     return f"**{text}**" if p < SIGNIFICANCE else text
 
 
@@ -279,23 +280,20 @@ def read_trials(
 
 def add_trials(*trials: pd.DataFrame) -> pd.DataFrame:
     """Put raw figures together, in the order of seed, data set, spiral noise and label noise."""
-    first = ["seed", "dataset", "spiral_noise", "label_noise"]
-    order = first + [name for name in DATA if name not in first]
+    order = ["seed", "dataset", "spiral_noise", "label_noise"]
     together = pd.concat([some[COLUMNS] for some in trials if len(some)] or trials[:1])
     return together.sort_values(order, kind="stable", ignore_index=True)
 
 
-def csv_bytes(frame: pd.DataFrame) -> bytes:
-    """Return what is to be written of a table as CSV."""
-    return frame.to_csv(index=False).encode()
-
-
-def write_files(files: Mapping[str, bytes], directory: Path) -> list[Path]:
+def write_files(files: Files, directory: Path) -> list[Path]:
     """Write files into a folder, made if need be; they are moved into place when all are whole."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as folder:
             for name, content in files.items():
+                if isinstance(content, pd.DataFrame):
+                    content = content.to_csv(index=False)
+                content = content.encode() if isinstance(content, str) else content
                 (Path(folder) / name).write_bytes(content)
             return [(Path(folder) / name).replace(directory / name) for name in files]
     except OSError as error:  # of a full disk it does not say which

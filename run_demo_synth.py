@@ -78,7 +78,7 @@ import plot
 import results
 from datasets import Split, make_dataset
 from models import MLP
-from results import Outcome, conclude, write_files
+from results import Files, Outcome, conclude, write_files
 from tracking import DemoLog, TrackingError
 from train import Boundary, DivergenceError, find_boundary, prepare_process, split_models, train
 
@@ -145,10 +145,10 @@ def train_trials(
     return pd.concat(histories, ignore_index=True), networks
 
 
-def demo_files(outcome: Outcome, boundary: Boundary | None) -> dict[str, bytes]:
+def demo_files(outcome: Outcome, boundary: Boundary | None) -> Files:
     """Return what a demo's pictures are drawn from, every bit of it."""
-    files = {results.SETTINGS_FILE: json.dumps(outcome.parameters, indent=1).encode()}
-    files[results.HISTORY_FILE] = results.csv_bytes(outcome.history)
+    files = {results.SETTINGS_FILE: json.dumps(outcome.parameters, indent=1)}
+    files[results.HISTORY_FILE] = outcome.history
     if boundary:
         np.savez_compressed(content := io.BytesIO(), **vars(boundary))
         files[results.BOUNDARY_FILE] = content.getvalue()
@@ -158,7 +158,7 @@ def demo_files(outcome: Outcome, boundary: Boundary | None) -> dict[str, bytes]:
 def draw(
     demo: Demo, outcome: Outcome, boundary: Boundary | None,
     compared: Mapping[int, Sequence[MLP]], split: Split,
-) -> Iterator[dict[str, bytes]]:  # fmt: skip
+) -> Iterator[Files]:  # fmt: skip
     """Draw the pictures, of networks by epoch; the moving one, which takes a minute, last."""
     figures = plot.draw_demo(outcome, boundary)
     yield {name: plot.png(figure) for name, figure in figures.items()}

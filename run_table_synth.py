@@ -129,7 +129,7 @@ import plot
 import results
 from datasets import make_dataset
 from models import MLP
-from results import TRIAL, TrialsError, csv_bytes
+from results import TRIAL, TrialsError
 from tracking import TableLog, TrackingError
 from train import DivergenceError, prepare_process, provenance, score_last_and_best, split_models
 
@@ -176,7 +176,7 @@ def train_missing(table: Table, trained: pd.DataFrame, log: TableLog) -> pd.Data
     ):
         for trial, rows, times in train_trials(table, missing, bar):
             trained = results.add_trials(trained, rows.assign(commit=log.commit))
-            results.write_files({FILES[table.search]: csv_bytes(trained)}, table.output_dir)
+            results.write_files({FILES[table.search]: trained}, table.output_dir)
             log.add_child(str(trial), flat(trial), summarize_trial(rows), times, {})
     return trained
 
@@ -185,12 +185,12 @@ def finish(table: Table, trained: dict[str, pd.DataFrame], log: TableLog) -> Non
     """Print, save, draw and log the table, with the fair search if the folder has its starts."""
     wanted = [trial.key() for trial in table.list_trials()]
     asked = {name: rows[rows.set_index(TRIAL).index.isin(wanted)] for name, rows in trained.items()}
-    files = {FILES[table.search]: csv_bytes(trained[table.search])}
+    files = {FILES[table.search]: trained[table.search]}
     text = f"No table without the trials of the flood levels ({FILES['levels']})"
     if len(asked["levels"]):
         compared = results.compare(asked["levels"], asked["starts"])
         text = results.markdown(compared)
-        files |= {"table_synth.md": text.encode(), "table_synth.csv": csv_bytes(compared)}
+        files |= {"table_synth.md": text, "table_synth.csv": compared}
         with noting(log.failures, Exception):
             files["table_synth.png"] = plot.png(plot.draw_table(asked["levels"], compared))
     tell(log.failures, f"\n{text}")

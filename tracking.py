@@ -37,7 +37,7 @@ from filelock import FileLock
 from mlflow.entities import Metric, Param
 from mlflow.tracking.context.registry import resolve_tags
 
-from results import SETTINGS_FILE, Outcome, write_files
+from results import SETTINGS_FILE, Files, Outcome, write_files
 from settings import SPLITS
 from train import provenance
 
@@ -161,7 +161,7 @@ class ParentRun(contextlib.AbstractContextManager):
             else:
                 self._create(name, {"key": key} if key else {}, parameters, time.time())
             self._id = self._unfinished[0]
-            self._add_files({self.settings_file: json.dumps(parameters, indent=1).encode()})
+            self._add_files({self.settings_file: json.dumps(parameters, indent=1)})
         except BaseException as error:  # Ctrl-C, too
             self.__exit__()
             if not isinstance(error, Exception):
@@ -226,9 +226,7 @@ class ParentRun(contextlib.AbstractContextManager):
         self._client.set_experiment_tag(self._experiment_id, NOTE, f"{lead}\n\n{self.about}")
 
     @noting_failures
-    def conclude(
-        self, result: str, metrics: Mapping[str, float], files: Mapping[str, bytes]
-    ) -> None:
+    def conclude(self, result: str, metrics: Mapping[str, float], files: Files) -> None:
         """Write what it has come to, which ends it."""
         self._add_files(files)
         self._client.set_tag(self._id, NOTE, f"{result}\n\n{self.about}")
@@ -268,7 +266,7 @@ class DemoLog(ParentRun):
             lasted = times[0] - rank / 1000, times[1]  # the page has the latest first
             self.add_child(name, {"flood_level": level, "seed": seed}, figures, lasted, color)
 
-    def finish(self, outcome: Outcome, files: Mapping[str, bytes]) -> None:
+    def finish(self, outcome: Outcome, files: Files) -> None:
         """Keep the result: clean test scores, and the files that pictures are drawn from."""
         last = outcome.history[outcome.history.epoch == outcome.history.epoch.max()]
         metrics = {"chosen_b": outcome.chosen, "with/b": outcome.compared}

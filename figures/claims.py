@@ -29,7 +29,7 @@ from sections import (
     verdict,
 )
 
-from results import TrialsError, markdown, number, table_rows, write_files
+from results import TrialsError, markdown, mean_and_spread, number, table_rows, write_files
 from settings import exit_on
 
 INTRODUCTION = """\
@@ -247,11 +247,7 @@ def demo(raw: Raw) -> Section:
         for level, theirs in raw.authors.groupby("flood_level"):
             side = f"b = {level:g}" if level else "no flooding"
             ours = raw.ours[raw.ours.flood_level == level]
-            texts = [
-                f"{number(scale * rows[metric].mean(), digits)} ± "
-                f"{number(scale * rows[metric].std(), digits)}"
-                for rows in (ours, theirs)
-            ]
+            texts = [mean_and_spread(rows[metric]) for rows in (ours, theirs)]
             texts.append(interval(recount.welch(ours[metric], theirs[metric]), scale, digits))
             whose = (f"{side}: {whose}" for whose in ("ours", "authors'", "difference"))
             line |= dict(zip(whose, texts))
@@ -328,7 +324,7 @@ def main() -> None:
         )  # raises where there is no folder, which write_files would make
         made = make_sections(recount.read_raw(folder))
         target = folder if len(sys.argv) > 1 else FIGURES.parent
-        paths = write_files({"RESULTS.md": write(made).encode()}, target)
+        paths = write_files({"RESULTS.md": write(made)}, target)
     print(*paths, *(f"- {sentence}" for sentence in sentences(made)), sep="\n")
 
 

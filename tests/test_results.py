@@ -12,11 +12,11 @@ from results import (
     choose_models,
     compare,
     conclude,
-    csv_bytes,
     markdown,
     number,
     paired_gain,
     read_csv,
+    write_files,
 )
 
 
@@ -78,7 +78,7 @@ def test_a_demos_level_is_chosen_on_the_labels_asked_for(tmp_path):
     assert (alone.chosen, alone.compared) == (0, 0)
     thirds = history.assign(flood_level=history.flood_level / 3)
     assert conclude(thirds, {"select_on": "clean"}).chosen == history.flood_level.unique()[2] / 3
-    (tmp_path / "history.csv").write_bytes(csv_bytes(history))
+    write_files({"history.csv": history}, tmp_path)
     kept = read_csv(tmp_path / "history.csv")
     pd.testing.assert_frame_equal(kept, history, check_exact=True)
 
