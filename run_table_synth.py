@@ -61,8 +61,7 @@ class Table:
     flood_step: Annotated[float, flag("B")] = 0.01
     """step of the flood levels, which start at 0"""
     search: Literal["levels", "starts"] = "levels"
-    """train a network at each flood level, or as many without flooding, each from other weights:
-    the fair gain of the table in the same folder is over the best of these"""
+    """train a network at each flood level, or as many without flooding, each from other weights"""
     workers: settings.Count = 1
     """trials that are trained side by side, each in a process of its own"""
     seed: settings.Seed = 0
@@ -236,11 +235,13 @@ def train_trial(
 
 def summarize_trial(rows: pd.DataFrame) -> dict[str, float]:
     """Return what one trial comes to: noisy test accuracies and chosen b, by scored epoch."""
-    table = results.compare(rows[rows.start == 0], rows[rows.flood_level == 0])
-    table = table[table.labels == "noisy"].set_index("scored_epoch")
-    names = "without_flooding", "with_flooding", "flood_level", "best_start"
+    starts = rows if rows.start.any() else None
+    table = results.compare(rows[rows.start == 0], starts)
+    names = ["with_flooding", "flood_level"] if starts is None else ["best_start"]
     return {
-        f"{epoch}/{name}": table[f"{name}_mean"][epoch] for epoch in table.index for name in names
+        f"{row.scored_epoch}/{name}": row[f"{name}_mean"]
+        for _, row in table[table.labels == "noisy"].iterrows()
+        for name in ("without_flooding", *names)
     }
 
 
