@@ -89,23 +89,6 @@ def network(raw: Raw) -> Section:
     terms, groups = recount.distances(figures), figures.groupby(recount.CANDIDATE)
     means, trials = groups.mean(), groups.size()
     total = terms.sum(axis=1, min_count=1).sort_values()
-    state, candidates = recount.choose_network(figures)
-    named, after_first = [describe(one) for one in candidates], []
-    sentence = f"No network is chosen yet: {len(named)} of 9 candidates lack some of three trials."
-    if state == "last":
-        named = " and of ".join(named)
-        sentence = f"No network is chosen yet: not all ten trials are there of {named}."
-    if state != "first":
-        nearest = recount.first_distances(figures).nsmallest(3).items()
-        nearest = ", ".join(f"{describe(one)} ({distance:.1f})" for one, distance in nearest)
-        after_first = [f"After three trials of each the three nearest were: {nearest}."]
-    if state == "chosen":
-        chosen, other = (total[one] for one in candidates)
-        sentence = (
-            f"Of nine candidates the rule takes {named[0]}: its distance to the quoted figures is "
-            f"{chosen:.1f} over ten trials, that of the other finalist ({named[1]}) {other:.1f}"
-        )
-        sentence += "; a difference below 4 goes to the released one." if chosen > other else "."
     lines = [{"network": "quoted", "trials": "-", **triples(QUOTED.unstack(), 2), "distance": "-"}]
     split = []
     for one in total.index:
@@ -116,7 +99,35 @@ def network(raw: Raw) -> Section:
         split.append({"network": name, **each})
     known = len(total) and total.notna().all()
     terms_of = ["The nine terms of each distance:", table_rows(split)] if known else []
-    return [sentence, *after_first], [RULE, table_rows(lines), *terms_of]
+    return rule(figures, total), [RULE, table_rows(lines), *terms_of]
+
+
+def rule(figures: pd.DataFrame, total: pd.Series) -> list[str]:
+    """What the rule chooses among the candidates' `recount.distances`, and from what."""
+    state, candidates = recount.choose_network(figures)
+    if state == "first":
+        lacking = f"{len(candidates)} of 9 candidates lack some of three trials"
+        return [f"No network is chosen yet: {lacking}."]
+    nearest = recount.first_distances(figures).nsmallest(3).items()
+    nearest = ", ".join(f"{describe(one)} ({distance:.1f})" for one, distance in nearest)
+    sentences = [f"After three trials of each the three nearest were: {nearest}."]
+    if state == "last":
+        named = " and of ".join(map(describe, candidates))
+        return [f"No network is chosen yet: not all ten trials are there of {named}.", *sentences]
+    chosen, other = (total[one] for one in candidates)
+    sentences.insert(
+        0,
+        f"Of nine candidates the rule takes {describe(candidates[0])}: its distance to the quoted "
+        f"figures is {chosen:.1f} over ten trials, that of the other finalist "
+        f"({describe(candidates[1])}) {other:.1f}"
+        + ("; a difference below 4 goes to the released one." if chosen > other else "."),
+    )
+    trials = figures.groupby(recount.CANDIDATE).size()
+    return sentences + [
+        f"Beyond the rule {describe(one)} has {trials[one]} trials, too: its distance is {x:.1f}."
+        for one, x in total.items()
+        if one not in candidates and trials[one] >= recount.LAST_TRIALS
+    ]
 
 
 def describe(candidate: tuple) -> str:

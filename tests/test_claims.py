@@ -165,6 +165,13 @@ def test_the_rule_that_chooses_the_network():
     ):
         figures = candidate_figures([*shifts, *[0.06] * 6], trials)
         assert recount.choose_network(figures) == (state, [CANDIDATES[k] for k in expected])
+    figures = candidate_figures([0.03, 0.11, 0.01, *[0.06] * 6], [10, 10, 10, *[3] * 6])
+    chosen, first, beyond = claims.rule(figures, total := recount.distances(figures).sum(axis=1))
+    names = [claims.describe(CANDIDATES[k]) for k in (2, 0, 1)]
+    assert f"takes {names[0]}: " in chosen and f"{total[CANDIDATES[0]]:.1f}." in chosen
+    assert 0 < first.index(names[1]) < first.index(names[0]) and names[2] not in first
+    assert beyond.startswith(f"Beyond the rule {names[2]} has 10 trials")
+    assert beyond.endswith(f" {total[CANDIDATES[1]]:.1f}.")
 
 
 def test_all_sections_on_made_up_figures(tmp_path, monkeypatch, capsys):
