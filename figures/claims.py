@@ -232,6 +232,12 @@ def methods(raw: Raw) -> Section:
         sentences.append(
             f"The change of accuracy from `--flood-on batch` to `{name}` is {verdict(by_trial)}."
         )
+        top = [counted(way, "last").flood_level == levels.max() for way in (other, batch)]
+        sentences.append(
+            f"In A {sum(top[0])} of {len(top[0])} trials choose the highest level, b = "
+            f"{levels.max():g}, with `{name}` (with `batch` {sum(top[1])}): a higher one may do "
+            f"better."
+        )
         paragraphs.append(
             f"`--flood-on {name}`, {METHODS[name]}, beside the paper's |J − b| + b of the batch's "
             f"mean J (`batch`), on the same trials with the same {len(levels)} levels from "

@@ -190,7 +190,7 @@ def test_all_sections_on_made_up_figures(tmp_path, monkeypatch, capsys):
     written, printed = (tmp_path / "RESULTS.md").read_text(), capsys.readouterr().out
     assert "nan" not in written and "Not here yet" not in written
     sentences = [line.removeprefix("- ") for line in printed.splitlines()[1:]]
-    assert len(sentences) == 18 and all(one in " ".join(written.split()) for one in sentences)
+    assert len(sentences) == 19 and all(one in " ".join(written.split()) for one in sentences)
     assert "87.2 ± 2.3% with no flooding (authors' 87.2 ± 2.3%, difference +0.0 [" in printed
 
 
