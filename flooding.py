@@ -89,15 +89,16 @@ def flood_gradients(parameters: Iterable[Tensor], loss: Tensor, level: float | T
         ValueError: an argument is not as above, or no parameter has a gradient and some require
             one: that is a forgotten `backward()`, or a rank whose parameters took no part in the
             step, which cannot be told apart: do not call it there. Or a generator has been used up
-            before, for which any `filter`, `map` or `chain` without a gradient is taken.
+            before, for which a `filter`, `map` or `chain` that yields nothing is taken.
     """
     _check_loss(loss, dimensions=0)
     _check_level(level, loss.shape)
     if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
         parameters = [parameters]
     once = isinstance(parameters, Iterator)
-    used_up = once and getattr(parameters, "gi_frame", None) is None  # a generator at its end
+    at_end = once and getattr(parameters, "gi_frame", None) is None  # of a generator
     parameters = list(parameters)
+    used_up = at_end and not parameters
     if wrong := [type(each).__name__ for each in parameters if not isinstance(each, Tensor)]:
         raise ValueError(f"flooding found a {wrong[0]}, no tensor: pass model.parameters()")
     # Each parameter once: twice would leave a tied weight's gradient as it was.

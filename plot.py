@@ -317,8 +317,8 @@ def read_demo(folder: Path) -> tuple[Outcome, Boundary | None]:
     try:
         parameters = json.loads((folder / results.SETTINGS_FILE).read_text())
         outcome = results.conclude(results.read_csv(folder / results.HISTORY_FILE), parameters)
-        file = folder / results.BOUNDARY_FILE
-        if not file.exists():
+        file = folder / results.BOUNDARY_FILE  # may be left by another demo
+        if not file.exists() or not DATASETS[parameters["dataset"]].boundary:
             return outcome, None
         with np.load(file) as arrays:
             return outcome, Boundary(**arrays)

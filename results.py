@@ -135,11 +135,11 @@ def compare(trials: pd.DataFrame, starts: pd.DataFrame | None = None) -> pd.Data
             rows.append(row)
     table = pd.DataFrame(rows).assign(starts=starts.start.nunique())
     for name in ("gain", "fair_gain"):
-        table[f"{name}_p_adjusted"] = table.groupby("labels")[f"{name}_p"].transform(adjusted)
+        table[f"{name}_p_adjusted"] = table.groupby("labels")[f"{name}_p"].transform(adjust_p)
     return table
 
 
-def adjusted(p: pd.Series) -> pd.Series:
+def adjust_p(p: pd.Series) -> pd.Series:
     """Return p-values after Benjamini and Hochberg, over as many as are known."""
     known = p.dropna()
     return pd.Series(scipy.stats.false_discovery_control(known), known.index).reindex(p.index)

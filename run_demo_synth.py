@@ -103,9 +103,10 @@ def main(demo: Demo) -> None:
             boundary = find_boundary(compared[demo.training.epochs], data)
         files = demo_files(outcome, boundary)
         with noting(failures, OSError):
-            for name in (results.BOUNDARY_FILE, "synth_boundary.png", "synth_boundary.gif"):
-                (demo.output_dir / name).unlink(missing_ok=True)  # another demo's
             tell(failures, "Result:", *write_files(files, demo.output_dir))
+            stale = {results.BOUNDARY_FILE, "synth_boundary.png", "synth_boundary.gif"} - {*files}
+            for name in stale:  # another demo's
+                (demo.output_dir / name).unlink(missing_ok=True)
         log.finish(outcome, files)
         with noting(failures, Exception):  # whatever drawing may raise
             for pictures in draw(demo, outcome, boundary, compared, data):

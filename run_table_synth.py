@@ -91,7 +91,7 @@ class Table:
         """Return the data of each setting; network and training are the same in all."""
         sizes = {name: getattr(self, name) for name in SIZES}
         return [
-            Data(dataset=name, label_noise=label_noise, spiral_noise=tau, **sizes).filled()
+            Data(dataset=name, label_noise=label_noise, spiral_noise=tau, **sizes)
             for name in dict.fromkeys(self.dataset)
             for tau in (sorted(set(self.spiral_noise)) if name == "spiral" else [0.0])
             for label_noise in sorted(set(self.label_noise))

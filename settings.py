@@ -65,10 +65,10 @@ def check_flood_levels(levels: Iterable[float]) -> None:
         check(0 <= level < math.inf, "flood_levels", level, "finite numbers of nats >= 0")
 
 
-def check_seed(seed: int, trials: int | None) -> None:
+def check_seed(seed: int, trials: int) -> None:
     """Raise SettingError unless every generator takes the seed of every trial."""
     allowed = "from 0 to 4294967295, the last trial's too"
-    check(0 <= seed <= 2**32 - (trials or 1), "seed", seed, allowed)
+    check(0 <= seed <= 2**32 - trials, "seed", seed, allowed)
 
 
 def make_output_dir(folder: Path) -> None:

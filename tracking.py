@@ -103,7 +103,7 @@ def open_experiment(name: str) -> tuple[mlflow.MlflowClient, str]:
     with contextlib.ExitStack() as locked:
         if file.is_absolute():  # a SQLite file; two that set it up at once break it
             file.parent.mkdir(parents=True, exist_ok=True)
-            locked.enter_context(FileLock(f"{file}.lock", timeout=30))
+            locked.enter_context(FileLock(f"{file}.lock", timeout=60))
         with contextlib.suppress(sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError):
             sqlalchemy.inspect(sqlalchemy.create_engine(uri))  # MLflow asks a broken one for 100 s
         mlflow.set_tracking_uri(uri)

@@ -70,7 +70,7 @@ def split_models(
 def train(
     network: MLP, data: Dataset, models: pd.DataFrame, training: Training,
     generator: torch.Generator, splits: Sequence[str] = SPLITS, eval_every: int = 1,
-    on_epoch: Callable[[int], object] = lambda models: None,
+    on_epoch: Callable[[int], object] = lambda count: None,
 ) -> Iterator[pd.DataFrame]:  # fmt: skip
     """Train a group of models, the copies of `network`; yield their metrics after each epoch.
 
@@ -200,7 +200,7 @@ def _fetch(metrics: dict[str, Tensor], models: pd.DataFrame, training: Training)
 
 def score_last_and_best(
     network: MLP, data: Dataset, models: pd.DataFrame, training: Training,
-    generator: torch.Generator, on_epoch: Callable[[int], object] = lambda models: None,
+    generator: torch.Generator, on_epoch: Callable[[int], object] = lambda count: None,
 ) -> pd.DataFrame:  # fmt: skip
     """Train a group as `train` does, all epochs, and score the last and the best one of each model.
 
@@ -220,8 +220,8 @@ def score_last_and_best(
             best_network.update(network, improved)
     rows, splits = [], {name: to_device(getattr(data, name), network) for name in SPLITS[1:]}
     for name, metrics, scored in zip(SCORED_EPOCHS, (last, best), (network, best_network)):
-        models = metrics[["start", "flood_level", "epoch"]].assign(scored_epoch=name)
-        rows.append(_fetch(score(scored, splits), models, training))
+        row = metrics[["start", "flood_level", "epoch"]].assign(scored_epoch=name)
+        rows.append(_fetch(score(scored, splits), row, training))
     return pd.concat(rows, ignore_index=True)
 
 

@@ -192,7 +192,7 @@ def fair_search(raw: Raw) -> Section:
         last, best = (
             counted(ways[one], epoch) for one, epoch in (("highest", "last"), (way, "best"))
         )
-        gains = gain(last, best)
+        gains = gain(last, best).dropna()
         means = gains.groupby(["dataset", "label_noise"]).mean().round(9)
         return f"by {average(gains)} (behind in {(means < 0).sum()} of {len(means)} settings)"
 
@@ -235,8 +235,8 @@ def methods(raw: Raw) -> Section:
         top = [counted(way, "last").flood_level == levels.max() for way in (other, batch)]
         sentences.append(
             f"In A {sum(top[0])} of {len(top[0])} trials choose the highest level, b = "
-            f"{levels.max():g}, with `{name}` (with `batch` {sum(top[1])}): a higher one may do "
-            f"better."
+            f"{levels.max():g}, with `{name}` (with `batch` {sum(top[1])})"
+            + (": a higher one may do better." if sum(top[0]) else ".")
         )
         paragraphs.append(
             f"`--flood-on {name}`, {METHODS[name]}, beside the paper's |J − b| + b of the batch's "
@@ -336,9 +336,7 @@ def write(made: dict[str, Section]) -> str:
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FIGURES
     with exit_on(TrialsError, OSError, status=2):
-        next(
-            folder.iterdir(), None
-        )  # raises where there is no folder, which write_files would make
+        next(folder.iterdir(), None)  # OSError where there is no folder: it is not made
         made = make_sections(recount.read_raw(folder))
         target = folder if len(sys.argv) > 1 else FIGURES.parent
         paths = write_files({"RESULTS.md": write(made)}, target)

@@ -23,7 +23,7 @@ from results import (
     SHARED,
     TRIAL,
     TrialsError,
-    adjusted,
+    adjust_p,
     choose_models,
     compare,
     paired_gain,
@@ -197,7 +197,7 @@ def summarize(gains: pd.Series) -> pd.DataFrame:
         rows[setting] = {"trials": len(group), **row, "flip": flip}
     table = pd.DataFrame.from_dict(rows, orient="index")
     for name in ("p", "flip"):
-        table[f"{name}_adjusted"] = adjusted(table[name])
+        table[f"{name}_adjusted"] = adjust_p(table[name])
     return table.set_index(pd.MultiIndex.from_tuples(table.index, names=names))
 
 

@@ -86,8 +86,8 @@ def of_both(say: Callable[[str], str], between: str = "; ") -> str:
 def size(summary: pd.DataFrame, epoch: str) -> str:
     """Say how large a gain is in points: on average over the settings (from where to where)."""
     mean = 100 * counted(summary, epoch)["mean"]
-    average, low, high = (number(value, 1, True) for value in (mean.mean(), mean.min(), mean.max()))
-    return f"{average} ({low} to {high})"
+    middle, low, high = (number(value, 1, True) for value in (mean.mean(), mean.min(), mean.max()))
+    return f"{middle} ({low} to {high})"
 
 
 def adjusted(summary: pd.DataFrame) -> str:

@@ -235,9 +235,11 @@ def test_a_reader_that_leaves_and_a_picture_that_fails_cost_only_themselves(fold
         assert folder.artifacts(parent) == {*KEPT, *pictures}
 
 
-def test_data_out_of_the_plane_have_no_boundary(folder):
-    (folder.path / "boundary.npz").write_text("left by another demo")
-    flags = ("--dataset", "gaussian", "--flood-levels", 0, "--no-batch-norm")
+def test_data_out_of_the_plane_have_no_boundary(folder, monkeypatch):
+    monkeypatch.setattr("train.MODELS_AT_ONCE", {"cpu": 1})
+    for name in ("boundary.npz", "synth_boundary.png", "synth_boundary.gif"):
+        (folder.path / name).write_text("left by another demo")
+    flags = ("--dataset", "gaussian", "--flood-levels", 0.3, "--no-batch-norm")
     folder.succeed(SCRIPT, *FLAGS, *flags)
     [parent] = folder.parents()
     expected = PICTURES - {"synth_boundary.png"}
@@ -245,6 +247,7 @@ def test_data_out_of_the_plane_have_no_boundary(folder):
     drawn = files(folder.path, "*.png")
     folder.succeed("plot.py")
     assert files(folder.path, "*.png") == drawn and set(drawn) == expected
+    assert not [*folder.path.glob("*boundary*")]
     for name in ("demo.json", "history.csv"):
         (folder.path / name).write_text("{}")
         said = folder.refuse("plot.py")

@@ -242,7 +242,8 @@ def test_gradients_of_tied_frozen_and_single_parameters():
     assert not tied.grad.requires_grad  # though the loss does
     # A rank without anything to flood goes on; FSDP's empty shards require gradients.
     empty = torch.ones(0, requires_grad=True)
-    for parameters in ([], [frozen], frozen, [frozen, empty], nn.ReLU().parameters()):
+    rank = filter(lambda parameter: parameter.requires_grad, [frozen, empty])
+    for parameters in ([], [frozen], frozen, [frozen, empty], nn.ReLU().parameters(), rank):
         flood_gradients(parameters, loss, 2.0)
     assert frozen.grad is empty.grad is None and frozen.equal(torch.ones(3))
     # But backward() was forgotten, or a generator has been used before.

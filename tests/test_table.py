@@ -72,6 +72,7 @@ def test_defaults_are_the_papers_with_the_nearest_network():
     for highest, levels in ((0.35, [0, 0.1, 0.2, 0.3]), (0.3, [0, 0.1, 0.2, 0.3])):
         coarse = parse(Table, "--flood-step", 0.1, "--flood-max", highest)
         assert [b for _, b in coarse.list_models("levels")] == levels
+    parse(Table, "--batch-size", 199, "--no-batch-norm")  # there one example may be alone
     candidate = parse(Table, "--dataset", "gaussian", "--val-samples", 50)
     assert {(x.train_samples, x.val_samples) for x in candidate.list_settings()} == {(200, 50)}
 
@@ -93,7 +94,11 @@ def test_bad_flags(empty_folder, flags, said):
     assert not list(empty_folder.path.iterdir())
 
 
-def test_raw_figures_are_of_a_training_that_scores_last_and_best(whole):
+def test_raw_figures_are_of_a_training_that_scores_last_and_best(whole, monkeypatch):
+    table, shares = parse(Table, *SMALL), []
+    monkeypatch.setattr("train.MODELS_AT_ONCE", {"cpu": 2})
+    run_table_synth.train_trial(table, table.list_trials()[0], shares.append)
+    assert sum(shares) == pytest.approx(1) and len(shares) == 2 * 12
     raw = read_csv(whole.path / TRIALS_FILE)
     assert list(raw) == COLUMNS
     rows = raw[(raw.seed == 6) & (raw.dataset == "gaussian")].reset_index(drop=True)
