@@ -95,8 +95,7 @@ def flood_gradients(parameters: Iterable[Tensor], loss: Tensor, level: float | T
     _check_level(level, loss.shape)
     if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
         parameters = [parameters]
-    once = isinstance(parameters, Iterator)
-    at_end = once and getattr(parameters, "gi_frame", None) is None  # of a generator
+    at_end = isinstance(parameters, Iterator) and getattr(parameters, "gi_frame", None) is None
     parameters = list(parameters)
     used_up = at_end and not parameters
     if wrong := [type(each).__name__ for each in parameters if not isinstance(each, Tensor)]:

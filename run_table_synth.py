@@ -75,9 +75,8 @@ class Table:
             check(len(getattr(self, name)) > 0, name, "()", "at least one value")
         highest, step = self.flood_max, self.flood_step
         check(0 < highest < 100, "flood_max", highest, "a number of nats in (0, 100)")
-        check(
-            0.0001 <= step <= highest, "flood_step", step, f"from 0.0001 to --flood-max {highest:g}"
-        )
+        allowed = f"from 0.0001 to --flood-max {highest:g}"
+        check(0.0001 <= step <= highest, "flood_step", step, allowed)
         for tau in self.spiral_noise:
             check(tau == 0 or "spiral" in self.dataset, "spiral_noise", tau, "only with the spiral")
         for data in self.list_settings():
@@ -229,7 +228,8 @@ def train_trial(
         )
         for group, live in split_models(network, models, device)
     ]
-    rows = pd.concat(rows).assign(**flat(trial), **table.shared(), **provenance(device))
+    rows = pd.concat(rows).sort_values("scored_epoch", ascending=False, kind="stable")  # last ones
+    rows = rows.assign(**flat(trial), **table.shared(), **provenance(device))
     return trial, rows, (started, time.time())
 
 

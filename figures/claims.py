@@ -110,24 +110,24 @@ def rule(figures: pd.DataFrame, total: pd.Series) -> list[str]:
         return [f"No network is chosen yet: {lacking}."]
     nearest = recount.first_distances(figures).nsmallest(3).items()
     nearest = ", ".join(f"{describe(one)} ({distance:.1f})" for one, distance in nearest)
-    sentences = [f"After three trials of each the three nearest were: {nearest}."]
+    after_first = f"After three trials of each the three nearest were: {nearest}."
     if state == "last":
         named = " and of ".join(map(describe, candidates))
-        return [f"No network is chosen yet: not all ten trials are there of {named}.", *sentences]
+        return [f"No network is chosen yet: not all ten trials are there of {named}.", after_first]
     chosen, other = (total[one] for one in candidates)
-    sentences.insert(
-        0,
+    sentence = (
         f"Of nine candidates the rule takes {describe(candidates[0])}: its distance to the quoted "
         f"figures is {chosen:.1f} over ten trials, that of the other finalist "
         f"({describe(candidates[1])}) {other:.1f}"
-        + ("; a difference below 4 goes to the released one." if chosen > other else "."),
     )
+    sentence += "; a difference below 4 goes to the released one." if chosen > other else "."
     trials = figures.groupby(recount.CANDIDATE).size()
-    return sentences + [
+    beyond = [
         f"Beyond the rule {describe(one)} has {trials[one]} trials, too: its distance is {x:.1f}."
         for one, x in total.items()
         if one not in candidates and trials[one] >= recount.LAST_TRIALS
     ]
+    return [sentence, after_first, *beyond]
 
 
 def describe(candidate: tuple) -> str:

@@ -115,7 +115,7 @@ class Folder:
         return [run for run in runs if PARENT not in run.data.tags]
 
     def children(self, parent: mlflow.entities.Run) -> list[mlflow.entities.Run]:
-        """A parent's children by seed and flood level."""
+        """A parent's children by seed and flood level, which MLflow sorts as text."""
         query = f"tags.`{PARENT}` = '{parent.info.run_id}'"
         order = ["params.seed", "params.flood_level"]
         return self.client.search_runs([parent.info.experiment_id], query, order_by=order)

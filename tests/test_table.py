@@ -97,7 +97,9 @@ def test_bad_flags(empty_folder, flags, said):
 def test_raw_figures_are_of_a_training_that_scores_last_and_best(whole, monkeypatch):
     table, shares = parse(Table, *SMALL), []
     monkeypatch.setattr("train.MODELS_AT_ONCE", {"cpu": 2})
-    run_table_synth.train_trial(table, table.list_trials()[0], shares.append)
+    _, rows, _ = run_table_synth.train_trial(table, table.list_trials()[0], shares.append)
+    assert [*rows.scored_epoch] == ["last"] * 3 + ["best"] * 3
+    assert [*rows.flood_level] == [0, 0.3, 0.6] * 2
     assert sum(shares) == pytest.approx(1) and len(shares) == 2 * 12
     raw = read_csv(whole.path / TRIALS_FILE)
     assert list(raw) == COLUMNS
