@@ -160,21 +160,23 @@ def table(raw: Raw) -> Section:
         f"{', '.join(ours.values())}; quoted from the paper, second-hand, is "
         f"{', '.join(quoted.values())}."
     )
-    spread = gains[gains.index.get_level_values("spiral_noise") == 1]
-
-    def say(epoch: str) -> str:
-        return ", ".join(shown(spread.xs(epoch, level="scored_epoch")))
-
-    if len(spread):
-        noise = ", ".join(f"{100 * p:g}%" for p in spread.index.unique("label_noise"))
-        sentences.append(
-            f"On the spiral with τ = 1 and {noise} label noise flooding gains, in points, "
-            f"{of_both(say)}."
-        )
+    sentences += with_spiral_noise(gains, "no flooding")
     beside = [{"": "ours", **ours}, {"": "quoted", **quoted}]
     how = "The rows of the two Gaussians, A, beside the quoted ones (see the first section):"
     of_trials = markdown(raw.table).strip().split("\n\n")
     return sentences, [*of_trials, SPIRAL, how, table_rows(beside), VERSION_1]
+
+
+def with_spiral_noise(gains: pd.DataFrame, over: str) -> list[str]:
+    """Say what flooding gains over something on the spiral with τ = 1, if that is known."""
+    spread = gains[gains.index.get_level_values("spiral_noise") == 1]
+    noise = ", ".join(f"{100 * p:g}%" for p in spread.index.unique("label_noise"))
+
+    def say(epoch: str) -> str:
+        return ", ".join(shown(spread.xs(epoch, level="scored_epoch"), p="p_adjusted"))
+
+    beginning = f"On the spiral with τ = 1 and {noise} label noise flooding gains over {over}"
+    return [f"{beginning}, in points, {of_both(say)}."] if len(spread) else []
 
 
 def fair_search(raw: Raw) -> Section:
@@ -201,6 +203,8 @@ def fair_search(raw: Raw) -> Section:
         f"{say('without')}, and of the best of {starts} trainings with early stopping "
         f"{say('best start')}."
     )
+    over = f"the best of {starts} trainings without it"
+    sentences += with_spiral_noise(summarize(fair), over)
     how = (
         f"With flooding the table has the best of as many trainings as there are levels; here the "
         f"side without flooding has the best of {starts}, too: each start has weights of its own, "

@@ -13,7 +13,7 @@ import pytest
 import scipy.stats
 from conftest import PROJECT
 
-from results import COLUMNS, compare, conclude, read_csv
+from results import COLUMNS, compare, conclude, number, read_csv
 
 sys.path.insert(0, str(PROJECT / "figures"))
 import claims
@@ -177,8 +177,12 @@ def test_the_rule_that_chooses_the_network():
 def test_all_sections_on_made_up_figures(tmp_path, monkeypatch, capsys):
     levels = pd.concat(random_trials(k, noise=p)[0] for k, p in enumerate((0.01, 0.1)))
     starts = pd.concat(random_trials(9, STARTS, noise=p)[0] for p in (0.01, 0.1))
-    spiral, name = levels.assign(dataset="spiral", spiral_noise=1.0), "table_synth_trials.csv"
-    files = {name: pd.concat([levels, spiral]), "table_synth_starts.csv": starts}
+    spiral, searched = (
+        rows.assign(dataset="spiral", spiral_noise=1.0)
+        for rows in (levels, starts[starts.label_noise == 0.1])
+    )
+    name, fair_name = "table_synth_trials.csv", "table_synth_starts.csv"
+    files = {name: pd.concat([levels, spiral]), fair_name: pd.concat([starts, searched])}
     methods = levels[(levels.seed < 3) & (levels.label_noise < 0.1)]
     files |= {f"candidates/a/{name}": levels, f"flood_on_example/{name}": methods}
     files["history.csv"] = recount.read_raw(FIGURES).authors.assign(epoch=200)
@@ -190,7 +194,13 @@ def test_all_sections_on_made_up_figures(tmp_path, monkeypatch, capsys):
     written, printed = (tmp_path / "RESULTS.md").read_text(), capsys.readouterr().out
     assert "nan" not in written and "Not here yet" not in written
     sentences = [line.removeprefix("- ") for line in printed.splitlines()[1:]]
-    assert len(sentences) == 19 and all(one in " ".join(written.split()) for one in sentences)
+    assert len(sentences) == 20 and all(one in " ".join(written.split()) for one in sentences)
+    on_spiral = [one for one in sentences if one.startswith("On the spiral with τ = 1 and ")]
+    assert "1 and 1%, 10% label noise flooding gains over no flooding, in points" in on_spiral[0]
+    assert "1 and 10% label noise flooding gains over the best of 3 trainings" in on_spiral[1]
+    gains = recount.read_raw(tmp_path).over("highest", "best start").xs(1.0, level="spiral_noise")
+    a, b = (number(100 * mean, sign=True) for mean in gains["mean"])
+    assert f"in A {a} [" in on_spiral[1] and f"; in B {b} [" in on_spiral[1]
     assert "87.2 ± 2.3% with no flooding (authors' 87.2 ± 2.3%, difference +0.0 [" in printed
 
 
