@@ -65,7 +65,9 @@ batches of 100; in this repository's history) missed the quoted rows: on the Gau
 noise it had 81.7 with b = 0.46 where 83.59 with 0.32 is quoted."""
 SPIRAL = """\
 Without spiral noise (τ = 0, as in the authors' launcher) the spiral's inputs are the same in every
-trial, and its validation inputs are its training inputs; labels are flipped anew."""
+trial, and its validation inputs are its training inputs; labels are flipped anew. The fair search
+with τ = 1 was added when all other figures were known, and its p-values are adjusted with theirs:
+before it there were 18 comparisons."""
 NETWORKS = {
     (4, True): "4 hidden layers with batch norm (released)",
     (5, True): "5 hidden layers with batch norm",
@@ -203,8 +205,8 @@ def fair_search(raw: Raw) -> Section:
         f"{say('without')}, and of the best of {starts} trainings with early stopping "
         f"{say('best start')}."
     )
-    over = f"the best of {starts} trainings without it"
-    sentences += with_spiral_noise(summarize(fair), over)
+    fair_gains = summarize(fair)
+    sentences += with_spiral_noise(fair_gains, f"the best of {starts} trainings without it")
     how = (
         f"With flooding the table has the best of as many trainings as there are levels; here the "
         f"side without flooding has the best of {starts}, too: each start has weights of its own, "
@@ -217,7 +219,7 @@ def fair_search(raw: Raw) -> Section:
         "without → with (b)": mean_of(ways["without"]) + " → " + mean_and_level(ways["highest"]),
         "gain": shown_bold(raw.over("highest", "without")),
         f"best of {starts}": mean_of(ways["best start"]),
-        "fair gain": shown_bold(summarize(fair)),
+        "fair gain": shown_bold(fair_gains),
     }
     return sentences, [how, by_setting(columns)]
 
