@@ -167,7 +167,9 @@ def make_dataset(data: Data, seed: int) -> Dataset:
     flipped labels have streams of their own too, so neither the size of one split nor the label
     noise changes anything else. [released code for formulas and sizes, not for streams]
     """
-    data, draw, splits = data.filled(), DATASETS[data.dataset].draw, []
+    data = data.filled()
+    draw = DATASETS[data.dataset].draw
+    splits = []
     for size, stream in zip(SIZES, np.random.SeedSequence(seed).spawn(len(SIZES))):
         inputs_stream, noise_stream = map(np.random.default_rng, stream.spawn(2))
         inputs, labels = draw(getattr(data, size), data.spiral_noise, inputs_stream)

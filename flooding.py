@@ -105,6 +105,7 @@ def flood_gradients(parameters: Iterable[Tensor], loss: Tensor, level: float | T
     if not gradients and (used_up or any(p.requires_grad and p.numel() for p in parameters)):
         raise ValueError("flooding found no gradient: no backward() yet, or a used-up generator")
     if isinstance(level, Tensor) or level != 0:
+        level = level.to(loss.dtype) if isinstance(level, Tensor) else level  # as `flood` does
         sign = (loss - level).sign()
         for gradient in gradients:
             gradient.mul_(sign.to(gradient.device))

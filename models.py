@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from settings import Model
 
 CLASSES = 2
+ONE_BY_ONE = {"padding": (0, 0), "stride": (1, 1), "dilation": (1, 1)}  # of a convolution
 
 
 class MLP(nn.Module):
@@ -26,13 +27,12 @@ class MLP(nn.Module):
     def __init__(self, input_dim: int, model: Model, generators: Sequence[torch.Generator]) -> None:
         super().__init__()
         self.input_dim, self.model, self.copies = input_dim, model, len(generators)
-        units = [model.hidden_units] * model.hidden_layers
-        shapes = [*itertools.pairwise([input_dim, *units, CLASSES])]
-        self.linears = nn.ModuleList(
-            StackedLinear(self.copies, *shape, bias=layer == len(units) or not model.batch_norm)
-            for layer, shape in enumerate(shapes)
-        )
-        normed = units if model.batch_norm else []
+        widths = [input_dim] + [model.hidden_units] * model.hidden_layers
+        bias = not model.batch_norm
+        hidden = [StackedLinear(self.copies, *ends, bias) for ends in itertools.pairwise(widths)]
+        output = StackedLinear(self.copies, widths[-1], CLASSES, bias=True)
+        self.linears = nn.ModuleList([*hidden, output])
+        normed = widths[1:] if model.batch_norm else []
         self.norms = nn.ModuleList(nn.BatchNorm1d(self.copies * width) for width in normed)
         for k, generator in enumerate(generators):
             for linear in self.linears:
@@ -121,7 +121,7 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(rows, weight)
         image, kernels = _as_image(rows), weight.flatten(0, 1)[..., None, None]
         convolution = torch.ops.aten.mkldnn_convolution
-        return convolution(image, kernels, None, (0, 0), (1, 1), (1, 1), len(weight))
+        return convolution(image, kernels, bias=None, groups=len(weight), **ONE_BY_ONE)
 
     @staticmethod
     @once_differentiable
@@ -130,8 +130,8 @@ class _Convolution(torch.autograd.Function):
         gradient = gradient.permute(0, 2, 3, 1).reshape(len(rows), -1)
         image, kernels = _as_image(gradient), weight.flatten(0, 1)[..., None, None]
         transposed = torch.ops.mkldnn._convolution_transpose_pointwise
-        strides = (0, 0), (0, 0), (1, 1), (1, 1)
-        of_rows = transposed(image, kernels, None, *strides, len(weight), "none", [], "")
+        plain = {"output_padding": (0, 0), "attr": "none", "scalars": [], "algorithm": ""}
+        of_rows = transposed(image, kernels, None, groups=len(weight), **ONE_BY_ONE, **plain)
         of_rows = of_rows.permute(0, 2, 3, 1).reshape(rows.shape)
         by_copy = [x.unflatten(1, (len(weight), -1)) for x in (gradient, rows)]
         return of_rows, torch.einsum("nko,nki->koi", *by_copy)

@@ -36,6 +36,9 @@ GRAY = "#555555"
 SUBTABLES = {"last": ("A, last epoch", "#0072B2"), "best": ("B, best epoch", "#E69F00")}
 CLASS_MAP = LinearSegmentedColormap.from_list("classes", ["#ffffff", "#9a9a9a"])
 DASHES = (0, (4, 2))
+MODES = """Flooded is the loss in training mode, where batch norm uses the mini-batch's own
+statistics. The curves show evaluation mode, in which they may part above the level."""
+Marks = list[tuple[float, str, str]]  # height, text, colour
 LEFT = {"x": 0.01, "ha": "left"}  # where titles stand
 SMALL = {"fontsize": 8.5, "fontweight": "normal", "color": GRAY}
 STYLE = {
@@ -111,7 +114,8 @@ def _draw_curves(outcome: Outcome, score: str) -> Figure:
     title = f"{score.capitalize()} without{' and with' if compared else ''} flooding"
     title += " (validation chose no flooding)" if compared and not outcome.chosen else ""
     figure, page = _page(title, describe(used), (7.8, 5))
-    axes, digits, ends, bands = page.subplots(), ".2f" if score == "loss" else ".1%", [], []
+    axes, digits = page.subplots(), ".2f" if score == "loss" else ".1%"
+    ends, bands = [], []
     for level, side, color in _sides(compared):
         trials = history[history.flood_level == level].groupby("epoch")
         for split, labels, line in (("train", "noisy", DASHES), ("test", "clean", "solid")):
@@ -122,49 +126,43 @@ def _draw_curves(outcome: Outcome, score: str) -> Figure:
             axes.fill_between(mean.index, *bands[-1].to_numpy().T, color=color, alpha=0.15, lw=0)
             axes.plot([], [], color=GRAY, linestyle=line, label=f"{split}, {labels} labels")
             ends.append((mean.iloc[-1], f"{mean.iloc[-1]:{digits}}  {split}, {side}", color))
-    # In the frame is all but the first epochs' climb, and all but a rare leap of the loss.
-    every = pd.concat(bands)
-    late, highest = every[every.index >= mean.index[-1] / 20], every.high.max()
-    if score == "loss":
-        height, text = compared, f"flood level b = {compared:g}"
-        top = max(min(highest, 2.5 * late.high.quantile(0.95)), compared)
-        axes.set(ylim=(0, 1.05 * top), ylabel="cross-entropy loss (nats)")
-        leap = f"▲ up to {highest:.2f}" if highest > top else ""
-        axes.annotate(leap, (0.01, 0.985), xycoords="axes fraction", va="top")
-        page.supxlabel(_explain_modes(outcome), **LEFT | SMALL)
-    else:
-        flipped = int(used["label_noise"] * used["train_samples"])
-        height = 1 - flipped / used["train_samples"] if flipped else 0.0
-        text = f"{height:{digits}}  no flipped label learned"
-        lowest = min(late.low.min(), height or 1.0)
-        axes.set(ylim=(1.05 * max(lowest, 0.0) - 0.055, 1.005), ylabel="accuracy")
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-    if height:
-        axes.axhline(height, color=GRAY, linestyle=":", zorder=1.6)  # above the grid
-        ends.append((height, text, GRAY))
+    frame = _frame_loss if score == "loss" else _frame_accuracy
+    marks = frame(axes, pd.concat(bands), outcome)
+    for height, _, color in marks:
+        axes.axhline(height, color=color, linestyle=":", zorder=1.6)  # above the grid
+    if score == "loss" and compared and used["batch_norm"]:
+        page.supxlabel(MODES, **LEFT | SMALL)
     axes.set(xlim=(0, mean.index[-1]), xlabel="epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _label_ends(axes, ends)
+    _label_ends(axes, ends + marks)
     _explain_marks(page, "outside lower right")
     return figure
 
 
-def _explain_modes(outcome: Outcome) -> str:
-    """Why the curves part above the level: with batch norm, what is flooded is another loss."""
-    epochs = outcome.history[outcome.history.flood_level == outcome.compared].groupby("epoch")
-    loss = epochs.train_loss_noisy.mean()[epochs.train_flooded_fraction_so_far.min() > 0]
+def _frame_loss(axes: Axes, bands: pd.DataFrame, outcome: Outcome) -> Marks:
+    """Put all in the frame but the first epochs' climb and a rare leap; return the level's mark."""
+    late = bands[bands.index >= bands.index.max() / 20]
+    highest, level = bands.high.max(), outcome.compared
+    top = max(min(highest, 2.5 * late.high.quantile(0.95)), level)
+    axes.set(ylim=(0, 1.05 * top), ylabel="cross-entropy loss (nats)")
+    leap = f"▲ up to {highest:.2f}" if highest > top else ""
+    axes.annotate(leap, (0.01, 0.985), xycoords="axes fraction", va="top")
+    return [(level, f"flood level b = {level:g}", GRAY)] if level else []
+
+
+def _frame_accuracy(axes: Axes, bands: pd.DataFrame, outcome: Outcome) -> Marks:
+    """Put all in the frame but the first epochs' climb; return the mark of no flipped label."""
+    late = bands[bands.index >= bands.index.max() / 20]
     used = outcome.parameters
-    same_loss = used["flood_on"] == "example" or not used["batch_norm"]
-    if same_loss or len(loss) == 0 or loss.iloc[0] <= outcome.compared:
-        return ""
-    return (
-        f"In epoch {loss.index[0]}, when flooding has begun in all trials, the dashed blue curve "
-        f"is still at {loss.iloc[0]:.2f}:\nflooded is the loss in training mode, where batch norm "
-        f"uses the mini-batch's own\nstatistics; the curves show the loss in evaluation mode."
-    )
+    flipped = int(used["label_noise"] * used["train_samples"])
+    height = 1 - flipped / used["train_samples"]
+    lowest = min(late.low.min(), height)
+    axes.set(ylim=(1.05 * max(lowest, 0.0) - 0.055, 1.005), ylabel="accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    return [(height, f"{height:.1%}  no flipped label learned", GRAY)] if flipped else []
 
 
-def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
+def _label_ends(axes: Axes, ends: Marks) -> None:
     """Write each curve's name and end value to the right of it, pushed apart where they meet."""
     (low, high), ends = axes.get_ylim(), sorted(ends)
     steps = 0.055 * (high - low) * np.arange(len(ends))

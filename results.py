@@ -281,7 +281,7 @@ def read_trials(
 def add_trials(*trials: pd.DataFrame) -> pd.DataFrame:
     """Put raw figures together, in the order of seed, data set, spiral noise and label noise."""
     order = ["seed", "dataset", "spiral_noise", "label_noise"]
-    together = pd.concat([some[COLUMNS] for some in trials if len(some)] or trials[:1])
+    together = pd.concat([some[COLUMNS] for some in trials if len(some)])
     return together.sort_values(order, kind="stable", ignore_index=True)
 
 

@@ -9,7 +9,6 @@ import io
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -76,7 +75,7 @@ import torch
 
 import plot
 import results
-from datasets import Split, make_dataset
+from datasets import make_dataset
 from models import MLP
 from results import Files, Outcome, conclude, write_files
 from tracking import DemoLog, TrackingError
@@ -98,20 +97,25 @@ def main(demo: Demo) -> None:
         tell(failures, f"\n{outcome.summary}\n")
         shown = dict.fromkeys([0.0, outcome.compared])
         compared = {epoch: [by[level] for level in shown] for epoch, by in networks.items()}
-        boundary, data = None, make_dataset(demo.data, demo.seed).train
+        data = make_dataset(demo.data, demo.seed).train
+        boundary = None
         if DATASETS[demo.data.dataset].boundary:
             boundary = find_boundary(compared[demo.training.epochs], data)
         files = demo_files(outcome, boundary)
         with noting(failures, OSError):
             tell(failures, "Result:", *write_files(files, demo.output_dir))
             stale = {results.BOUNDARY_FILE, "synth_boundary.png", "synth_boundary.gif"} - {*files}
-            for name in stale:  # another demo's
+            for name in stale:  # of an earlier demo
                 (demo.output_dir / name).unlink(missing_ok=True)
         log.finish(outcome, files)
         with noting(failures, Exception):  # whatever drawing may raise
-            for pictures in draw(demo, outcome, boundary, compared, data):
-                log.add_files(pictures)
-                tell(failures, "Pictures:", *write_files(pictures, demo.output_dir))
+            figures = plot.draw_demo(outcome, boundary)
+            save({name: plot.png(figure) for name, figure in figures.items()}, demo, log)
+            if demo.animate:  # takes a minute
+                frames = settings.ProgressBar(len(compared), "frame", iterable=compared.items())
+                boundaries = ((epoch, find_boundary(of, data)) for epoch, of in frames)
+                moving = plot.draw_moving_boundary(outcome, boundaries)
+                save({"synth_boundary.gif": moving}, demo, log)
     tell(failures, log.how_to_look())
     settings.end_with(failures)
 
@@ -127,13 +131,15 @@ def train_trials(
     last, every = demo.training.epochs, demo.eval_every
     step = every * math.ceil(last / (FRAMES * every))
     frames = range(step, last, step) if demo.animate else ()
-    histories, networks = [], {epoch: {} for epoch in (*frames, last)}
+    networks = {epoch: {} for epoch in (*frames, last)}
+    histories = []
     models = pd.DataFrame({"start": 0, "flood_level": demo.flood_levels})
     with exit_on(DivergenceError), settings.ProgressBar(demo.trials * last, "epoch") as bar:
         options = {"eval_every": every, "on_epoch": lambda n: bar.update(n / len(models))}
         for seed in range(demo.seed, demo.seed + demo.trials):
             began, history = time.time(), []
-            data, generator = make_dataset(demo.data, seed), torch.Generator().manual_seed(seed)
+            data = make_dataset(demo.data, seed)
+            generator = torch.Generator().manual_seed(seed)
             network = MLP(data.train.inputs.shape[1], demo.model, [generator])
             for group, live in split_models(network, models, device):
                 for metrics in train(live, data, group, demo.training, generator, **options):
@@ -156,17 +162,10 @@ def demo_files(outcome: Outcome, boundary: Boundary | None) -> Files:
     return files
 
 
-def draw(
-    demo: Demo, outcome: Outcome, boundary: Boundary | None,
-    compared: Mapping[int, Sequence[MLP]], split: Split,
-) -> Iterator[Files]:  # fmt: skip
-    """Draw the pictures, of networks by epoch; the moving one, which takes a minute, last."""
-    figures = plot.draw_demo(outcome, boundary)
-    yield {name: plot.png(figure) for name, figure in figures.items()}
-    if demo.animate:
-        frames = settings.ProgressBar(len(compared), "frame", iterable=compared.items())
-        boundaries = ((epoch, find_boundary(networks, split)) for epoch, networks in frames)
-        yield {"synth_boundary.gif": plot.draw_moving_boundary(outcome, boundaries)}
+def save(pictures: Files, demo: Demo, log: DemoLog) -> None:
+    """Log pictures and write them into the demo's folder."""
+    log.add_files(pictures)
+    tell(log.failures, "Pictures:", *write_files(pictures, demo.output_dir))
 
 
 if __name__ == "__main__":

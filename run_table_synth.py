@@ -228,7 +228,8 @@ def train_trial(
         )
         for group, live in split_models(network, models, device)
     ]
-    rows = pd.concat(rows).sort_values("scored_epoch", ascending=False, kind="stable")  # last ones
+    rows = pd.concat(rows)
+    rows = pd.concat([rows[rows.scored_epoch == name] for name in settings.SCORED_EPOCHS])
     rows = rows.assign(**flat(trial), **table.shared(), **provenance(device))
     return trial, rows, (started, time.time())
 

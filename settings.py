@@ -34,6 +34,7 @@ SCORES = ("loss_noisy", "accuracy_noisy", "loss_clean", "accuracy_clean")
 SCORED_EPOCHS = ("last", "best")  # best: the first of highest noisy validation accuracy
 
 DEFAULT_LEARNING_RATES = {"sgd": 0.01, "adam": 0.001}  # [released code]
+RATES = ", ".join(f"{rate:g} for {name}" for name, rate in DEFAULT_LEARNING_RATES.items())
 DEFAULT_SGD_MOMENTUM = 0.9  # [released code]
 
 Settings = TypeVar("Settings")
@@ -88,10 +89,7 @@ def fill(settings: Settings, **defaults: object) -> Settings:
 
 
 def flat(settings: object) -> dict[str, object]:
-    """Return settings by their names, those of their parts among them, as JSON keeps them.
-
-    Numbers and strings keep their types; a tuple becomes a list, a path a string.
-    """
+    """Return settings by their names, those of their parts among them, as JSON keeps them."""
     values = {}
     for name, value in json.loads(json.dumps(asdict(settings), default=str)).items():
         values |= value if isinstance(value, dict) else {name: value}
@@ -137,9 +135,7 @@ class Training:
 
     optimizer: Literal["sgd", "adam"]
     """optimizer"""
-    learning_rate: Annotated[
-        float | None, flag("RATE", "(default: 0.01 for sgd, 0.001 for adam)")
-    ] = None
+    learning_rate: Annotated[float | None, flag("RATE", f"(default: {RATES})")] = None
     """learning rate"""
     batch_size: Count
     """examples of a mini-batch; the last one of an epoch has what is left"""

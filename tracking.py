@@ -19,12 +19,12 @@ from pathlib import Path
 from urllib.parse import quote
 
 # A server that is gone is asked four times in 12 s, one that does not answer in 28 s.
-for name, value in {
+for _name, _value in {
     "DISABLE_TELEMETRY": "true", "ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "LOGGING_LEVEL": "CRITICAL",
     "HTTP_REQUEST_MAX_RETRIES": "3", "HTTP_REQUEST_TIMEOUT": "4", "HTTP_REQUEST_BACKOFF_JITTER": "0"
 }.items():  # fmt: skip
-    os.environ.setdefault(f"MLFLOW_{name}", value)
+    os.environ.setdefault(f"MLFLOW_{_name}", _value)
 try:
     Path.home()
 except RuntimeError:  # neither HOME nor an entry for the user: then MLflow cannot be imported
@@ -79,7 +79,7 @@ def tracking_uri() -> str:
 
 
 def shown_uri() -> str:
-    """Return the address, or its variable where that may have a password or a token in it."""
+    """Return the address, or its variable where an @ or a query may come with a password."""
     secret = set("@?") & set(os.environ.get("MLFLOW_TRACKING_URI", ""))
     return "$MLFLOW_TRACKING_URI" if secret else tracking_uri()
 
@@ -141,16 +141,21 @@ class ParentRun(contextlib.AbstractContextManager):
 
     It is open when its store has taken a file, else TrackingError is raised; what the store refuses
     later is noted in `failures`. With a `key` the parent that has it goes on, if there is one. Its
-    page has the charts of its children, in the order of the parameter `sort`. A subclass says
-    `experiment`, `settings_file` and `about`, the Markdown that all have.
+    page has the charts of its children, in the order of the parameter `sort`.
     """
+
+    experiment: str  # said by each subclass, as are these two
+    settings_file: str
+    about: str  # Markdown that the parent and every child have
 
     def __init__(
         self, name: str, parameters: Mapping[str, object], tags: Mapping[str, str], sort: str,
         key: str = "",
     ) -> None:  # fmt: skip
-        self.failures, self.seconds_lost, self._unfinished = [], 0.0, []
-        self._parameters, self._tags = parameters, {**resolve_tags(), NOTE: self.about, **tags}
+        self.failures, self.seconds_lost = [], 0.0
+        self._unfinished = []
+        self._parameters = parameters
+        self._tags = {**resolve_tags(), NOTE: self.about, **tags}
         try:
             self._client, self._experiment_id = open_experiment(self.experiment)
             query = f"tags.key = '{key}'"
@@ -181,10 +186,12 @@ class ParentRun(contextlib.AbstractContextManager):
         os.environ |= before
 
     @noting_failures
-    def _fail(self, run_id):
+    def _fail(self, run_id: str) -> None:
         self._client.set_terminated(run_id, "FAILED")
 
-    def _create(self, name, tags, parameters, began):
+    def _create(
+        self, name: str, tags: Mapping[str, str], parameters: Mapping[str, object], began: float
+    ) -> str:
         """Make a run that began then, in s since 1970; return its id."""
         tags = {**self._tags, **tags}
         run = self._client.create_run(self._experiment_id, int(1000 * began), tags, name)
@@ -193,7 +200,7 @@ class ParentRun(contextlib.AbstractContextManager):
         self._client.log_batch(run.info.run_id, params=params)
         return run.info.run_id
 
-    def _finish(self, run_id, figures, ended):
+    def _finish(self, run_id: str, figures: Mapping[str, object], ended: float) -> None:
         """Write a run's figures, numbers or series by step, and that it ended then."""
         ended = int(1000 * ended)
         points = [
@@ -206,7 +213,7 @@ class ParentRun(contextlib.AbstractContextManager):
         self._client.set_terminated(run_id, "FINISHED", ended)
         self._unfinished.remove(run_id)
 
-    def _add_files(self, files):
+    def _add_files(self, files: Files) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for path in write_files(files, Path(folder)):
                 self._client.log_artifact(self._id, str(path))

@@ -88,11 +88,10 @@ def train(
         DivergenceError: a loss is not finite any more.
     """
     check_flood_levels(models.flood_level)
-    training = training.filled()
     scored = {name: to_device(getattr(data, name), network) for name in splits}
     epochs = train_epochs(network, data.train, models.flood_level, training, generator)
     for epoch, batch_loss, flooded_fraction in epochs:
-        metrics = {"train_batch_loss": batch_loss} if epoch > 0 else {}
+        metrics = {} if batch_loss is None else {"train_batch_loss": batch_loss}
         due = epoch % eval_every == 0 or epoch == training.epochs
         if due:
             metrics |= score(network, scored)
@@ -107,12 +106,12 @@ def train(
 def train_epochs(
     network: MLP, split: Split, flood_levels: Sequence[float], training: Training,
     generator: torch.Generator,
-) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
+) -> Iterator[tuple[int, Tensor | None, Tensor]]:  # fmt: skip
     """Train the network's K copies, one flood level each; it may be read after every epoch.
 
     A copy of `generator` draws the order of the examples. Yields the epoch (first 0, before
-    training), each model's mean loss over the epoch's mini-batches [K] in nats, and the share of
-    all losses until now that were below the level [K].
+    training), each model's mean loss over the epoch's mini-batches [K] in nats (None of epoch 0),
+    and the share of all losses until now that were below the level [K].
     """
     split = to_device(split, network)
     inputs, labels = split.inputs, split.noisy_labels
@@ -120,7 +119,7 @@ def train_epochs(
     optimizer = make_optimizer(network, training)
     generator = generator.clone_state()
     below, count = torch.zeros_like(b), 0
-    yield 0, torch.zeros_like(b), below
+    yield 0, None, below
     for epoch in range(1, training.epochs + 1):
         network.train()
         batches = torch.randperm(len(labels), generator=generator).to(b.device)
@@ -176,10 +175,7 @@ def score(network: MLP, splits: Mapping[str, Split]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def evaluate(network: MLP, inputs: Tensor) -> Tensor:
-    """Return the logits [n, K, classes] in evaluation mode, in which the network is left.
-
-    It goes in chunks, small enough that the activations stay in a CPU's cache.
-    """
+    """Return the logits [n, K, classes] in evaluation mode, in which the network is left."""
     chunk = max(1, EVALUATION_ROWS[inputs.device.type] // network.copies)
     network.eval()
     return torch.cat([network(rows) for rows in inputs.split(chunk)])
@@ -215,10 +211,10 @@ def score_last_and_best(
     best, best_network = last.copy(), network.select(range(network.copies))
     for last in epochs:
         improved = np.flatnonzero(last.val_accuracy_noisy > best.val_accuracy_noisy)
-        if len(improved):
-            best.iloc[improved] = last.iloc[improved]
-            best_network.update(network, improved)
-    rows, splits = [], {name: to_device(getattr(data, name), network) for name in SPLITS[1:]}
+        best.iloc[improved] = last.iloc[improved]
+        best_network.update(network, improved)
+    splits = {name: to_device(getattr(data, name), network) for name in SPLITS[1:]}
+    rows = []
     for name, metrics, scored in zip(SCORED_EPOCHS, (last, best), (network, best_network)):
         row = metrics[["start", "flood_level", "epoch"]].assign(scored_epoch=name)
         rows.append(_fetch(score(scored, splits), row, training))

@@ -272,6 +272,11 @@ def test_a_loss_in_bfloat16_often_equals_the_level():
     losses = torch.linspace(0.09, 0.11, 2001).bfloat16().requires_grad_()
     flood(losses, torch.full((2001,), 0.1)).sum().backward()
     assert (losses.grad == 0).sum() == 49
+    parameter = nn.Parameter(torch.zeros(()))
+    for level in (0.1, torch.tensor(0.1)):
+        parameter.grad = torch.ones(())
+        flood_gradients([parameter], torch.tensor(0.1).bfloat16(), level)
+        assert parameter.grad == 0
 
 
 def test_the_file_needs_only_torch():

@@ -36,7 +36,7 @@ def hasty(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
 
 
-def test_a_store_that_has_died_costs_half_a_minute_at_most():
+def test_a_call_to_a_store_that_has_died_costs_half_a_minute_at_most():
     retries, timeout, factor, jitter = (
         getattr(mlflow_settings, f"MLFLOW_HTTP_REQUEST_{name}").get()
         for name in ("MAX_RETRIES", "TIMEOUT", "BACKOFF_FACTOR", "BACKOFF_JITTER")
@@ -177,6 +177,17 @@ def test_a_run_that_is_refused_costs_only_itself(folder, monkeypatch):
     [parent] = folder.parents()
     assert statuses(folder.children(parent)) == ["FINISHED", "FINISHED", "FAILED", "FINISHED"]
     assert parent.info.status == "FINISHED" and "<- chosen" in result.output
+
+
+def test_a_store_that_has_failed_for_long_is_not_asked_again(folder, monkeypatch):
+    refuse = Mock(side_effect=MlflowException("not now"))
+    monkeypatch.setattr(mlflow.MlflowClient, "set_experiment_tag", refuse)  # when a child is there
+    monkeypatch.setattr("tracking.PATIENCE_SECONDS", 1e-9)
+    result = folder.run(SCRIPT, *FLAGS)
+    assert result.status == 1 and "not now" in one_line(result.errors)
+    [parent] = folder.parents()
+    assert refuse.call_count == len(folder.children(parent)) == 1
+    assert parent.info.status == "RUNNING" and "<- chosen" in result.output
 
 
 def test_whatever_ends_a_demo_early_no_run_stays_running(folder, monkeypatch):
