@@ -5,6 +5,7 @@ As a module it draws what flooding does: a demo's curves and boundaries, and the
 
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -231,10 +232,8 @@ def draw_moving_boundary(outcome: Outcome, boundaries: Iterable[tuple[int, Bound
 
     `boundaries` are as in `draw_demo`, after epochs > 0 that `outcome.history` has.
     """
-    frames = []
-    for epoch, boundary in boundaries:
-        frame = png(_draw_boundary(outcome, boundary, epoch), dpi=100)
-        frames.append(Image.open(io.BytesIO(frame)).convert("RGB").quantize(64, dither=0))
+    shots = (png(_draw_boundary(outcome, of, epoch), dpi=100) for epoch, of in boundaries)
+    frames = [Image.open(io.BytesIO(shot)).convert("RGB").quantize(64, dither=0) for shot in shots]
     milliseconds = [160] * (len(frames) - 1) + [2000]
     options = {"append_images": frames[1:], "duration": milliseconds, "loop": 0}
     frames[0].save(content := io.BytesIO(), "GIF", save_all=True, **options)
@@ -314,7 +313,12 @@ def read_demo(folder: Path) -> tuple[Outcome, Boundary | None]:
     """Read what a demo saved; SettingError where it is not there or spoiled."""
     try:
         parameters = json.loads((folder / results.SETTINGS_FILE).read_text())
-        outcome = results.conclude(results.read_csv(folder / results.HISTORY_FILE), parameters)
+        history = results.read_csv(folder / results.HISTORY_FILE)
+        epochs = 1 + math.ceil(parameters["epochs"] / parameters["eval_every"])  # with the first
+        rows = parameters["trials"] * len(parameters["flood_levels"]) * epochs
+        if len(history) != rows or history.iloc[-1].isna().any():
+            raise ValueError(f"{results.HISTORY_FILE} is cut short")
+        outcome = results.conclude(history, parameters)
         file = folder / results.BOUNDARY_FILE  # may be left by another demo
         if not file.exists() or not DATASETS[parameters["dataset"]].boundary:
             return outcome, None

@@ -1,6 +1,4 @@
-"""What the experiments' scores say: the chosen flood levels, a demo's outcome, the paper's table;
-and the files of raw figures that they are read from.
-"""
+"""What scores say: chosen flood levels, a demo's outcome, the paper's table; and their files."""
 
 import math
 import tempfile
@@ -248,13 +246,14 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 
 def read_trials(
-    path: Path, shared: Mapping[str, object], models: Collection[tuple[int, float]]
+    path: Path, shared: Mapping[str, object] = {}, models: Collection[tuple[int, float]] = ()
 ) -> pd.DataFrame:
     """Read a table's raw figures, each trial once; none where the file is not there.
 
     `shared` is what all must have been trained with, `models` the (start, flood level) of each, a
-    row a scored epoch. Raises TrialsError for a file that cannot be read, is cut short or was
-    trained with something else, and for a trial with other models, or twice there, different.
+    row a scored epoch; none said are those that any trial has. Raises TrialsError for a file that
+    cannot be read, is cut short or was trained with something else, and for a trial with other
+    models, or twice there, different.
     """
     if not path.exists():
         return pd.DataFrame(columns=COLUMNS)
@@ -269,6 +268,7 @@ def read_trials(
         if len(other := trials[name][trials[name] != value]):
             raise TrialsError(f"{path}: {name} is {other.iloc[0]}, and {value} is asked for")
     trials = add_trials(trials.drop_duplicates([name for name in COLUMNS if name not in ORIGIN]))
+    models = models or {*trials[MODEL[1:]].itertuples(index=False, name=None)}
     wanted = sorted((epoch, *model) for epoch in SCORED_EPOCHS for model in models)
     for values, rows in trials.groupby(TRIAL):
         if sorted(rows[MODEL].itertuples(index=False, name=None)) != wanted:
@@ -286,9 +286,8 @@ def add_trials(*trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_files(files: Files, directory: Path) -> list[Path]:
-    """Write files into a folder, made if need be; they are moved into place when all are whole."""
+    """Write files into a folder that is there; they are moved into place when all are whole."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as folder:
             for name, content in files.items():
                 if isinstance(content, pd.DataFrame):

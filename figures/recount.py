@@ -19,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from results import (
     COLUMNS,
     DATA,
+    HISTORY_FILE,
     LEAST_TRIALS,
+    SETTINGS_FILE,
     SHARED,
     TRIAL,
     TrialsError,
@@ -28,13 +30,14 @@ from results import (
     compare,
     paired_gain,
     read_csv,
+    read_trials,
 )
 
 FIGURES = Path(__file__).parent
 KEY = [*TRIAL, "scored_epoch"]  # what tells a trial's choices apart
 SETTING = [*DATA, "scored_epoch"]
 ACCURACY, LOSS = "test_accuracy_noisy", "test_loss_noisy"
-TIES = ("highest", "lower loss", "lowest")
+TIES = {"highest": "highest b", "lower loss": "lower validation loss", "lowest": "lowest b"}
 
 # The paper's rows of the two Gaussians as a public course project quotes them, bongseokkim/flooding
 # on GitHub, 2022: last epoch, noisy test labels; fractions and nats, by label noise.
@@ -59,7 +62,7 @@ FILES = {
     "starts": "table_synth_starts.csv",
     "candidates": "candidates/*/table_synth_trials.csv",
     "methods": "flood_on_*/table_synth_trials.csv",
-    "ours": "history.csv",
+    "ours": HISTORY_FILE,
 }
 
 
@@ -91,17 +94,23 @@ class Raw:
 
 
 def read_raw(folder: Path) -> Raw:
-    """Read all raw figures that a folder has; of a table, if it has two trials."""
-    read = {name: read_all(sorted(folder.glob(pattern))) for name, pattern in FILES.items()}
+    """Read all raw figures that a folder has; those of table and demo, if they have two trials.
+
+    Raises TrialsError for a file that is cut short or was trained with something else.
+    """
+    tables = [name for name in FILES if name != "ours"]
+    read = {name: read_all(sorted(folder.glob(FILES[name]))) for name in tables}
+    read["ours"] = read_demo(folder)
+    for name in ("levels", "ours"):
+        if read[name].seed.nunique() == 1:  # without an interval, or another trial to choose by
+            read[name] = read[name][:0]
     levels, starts, methods = read["levels"], read["starts"], read["methods"]
-    if levels.seed.nunique() == 1:  # one trial has no interval, and no other trial to choose by
-        levels = levels[:0]
     check_trained_alike(levels, starts, methods)
     authors = json.loads((FIGURES / "authors_demo.json").read_text())["runs"]
     return Raw(
         levels, starts, read["candidates"],
         methods=dict(iter(methods.groupby("flood_on"))) if len(methods) else {},
-        ours=read["ours"][read["ours"].epoch == read["ours"].epoch.max()],
+        ours=read["ours"],
         authors=pd.DataFrame(authors),
         ways=list_ways(levels, starts) if len(levels) else {},
         table=compare(levels, starts) if len(levels) else levels,
@@ -109,9 +118,26 @@ def read_raw(folder: Path) -> Raw:
 
 
 def read_all(paths: list[Path]) -> pd.DataFrame:
-    """Put files together."""
-    files = [read_csv(path) for path in paths]
+    """Put a table's files together."""
+    files = [read_trials(path) for path in paths]
     return pd.concat(files, ignore_index=True) if files else pd.DataFrame(columns=COLUMNS)
+
+
+def read_demo(folder: Path) -> pd.DataFrame:
+    """Read the last epoch of a demo that is trained as the authors'; no rows where none is."""
+    if not (folder / HISTORY_FILE).exists():
+        return pd.DataFrame(columns=["seed"])
+    trained, asked = (json.loads((of / SETTINGS_FILE).read_text()) for of in (folder, FIGURES))
+    for name in {*DATA, *SHARED} - {"version"}:
+        if trained[name] != asked[name]:
+            reason = f"{name} is {trained[name]}, and the authors' demo has {asked[name]}"
+            raise TrialsError(f"{folder / SETTINGS_FILE}: {reason}")
+    history = read_csv(folder / HISTORY_FILE)
+    last = history[history.epoch == trained["epochs"]]
+    rows = trained["trials"] * len(trained["flood_levels"])
+    if len(last) != rows or last.isna().any(axis=None):
+        raise TrialsError(f"{folder / HISTORY_FILE}: is cut short, figures are missing")
+    return last
 
 
 def check_trained_alike(*files: pd.DataFrame) -> None:
@@ -129,7 +155,8 @@ def list_ways(levels: pd.DataFrame, starts: pd.DataFrame) -> dict[str, pd.DataFr
     - highest, lower loss, lowest: best validation accuracy, by the three rules for ties
     - validation loss: lowest validation loss
     - other trials: see `choose_on_other_trials`
-    - entropy: see `entropy_rule`
+    - entropy, entropy or lower: see `entropy_rule`; the second takes levels as equally near if
+      they are so to a thousandth of a nat
     - top level: the highest level of all
     - best start: the best network without flooding, ties to the lower validation loss
     """
@@ -139,6 +166,7 @@ def list_ways(levels: pd.DataFrame, starts: pd.DataFrame) -> dict[str, pd.DataFr
     chosen["validation loss"] = by_loss.drop_duplicates(KEY)
     chosen["other trials"] = choose_on_other_trials(levels)
     chosen["entropy"] = levels[levels.flood_level == entropy_rule(levels)]
+    chosen["entropy or lower"] = levels[levels.flood_level == entropy_rule(levels, digits=3)]
     chosen["top level"] = levels[levels.flood_level == levels.flood_level.max()]
     if len(starts):
         chosen["best start"] = choose_models(starts, "noisy", KEY, "lower loss")
@@ -170,10 +198,13 @@ def entropy(share: pd.Series) -> pd.Series:
     return scipy.special.entr(share) + scipy.special.entr(1 - share)
 
 
-def entropy_rule(levels: pd.DataFrame) -> pd.Series:
-    """Return, for each row, the level that is nearest to the entropy of its label noise."""
-    grid = np.sort(levels.flood_level.unique())
-    nearest = {p: grid[abs(grid - entropy(p)).argmin()] for p in levels.label_noise.unique()}
+def entropy_rule(levels: pd.DataFrame, digits: int = 9) -> pd.Series:
+    """Return, for each row, the level that is nearest to the entropy of its label noise.
+
+    It is the lower of two whose distances are the same, rounded to so many digits.
+    """
+    grid, noise = np.sort(levels.flood_level.unique()), levels.label_noise.unique()
+    nearest = {p: grid[abs(grid - entropy(p)).round(digits).argmin()] for p in noise}
     return levels.label_noise.map(nearest)
 
 
@@ -239,8 +270,8 @@ def calibration(rows: pd.DataFrame) -> pd.DataFrame:
     return figures.groupby(SETTING, sort=False).agg(**columns)
 
 
-def candidate_figures(candidates: pd.DataFrame) -> pd.DataFrame:
-    """Return the nine figures of each candidate's trials that have all of them.
+def candidate_figures(candidates: pd.DataFrame, ties: str = "highest") -> pd.DataFrame:
+    """Return the nine figures of each candidate's trials that have all of them, by rule for ties.
 
     A row has CANDIDATE and seed, a column the figure and the label noise: accuracy at the last
     epoch without and with flooding, b. Fractions and nats.
@@ -248,7 +279,7 @@ def candidate_figures(candidates: pd.DataFrame) -> pd.DataFrame:
     last = candidates[(candidates.scored_epoch == "last") & (candidates.dataset == "gaussian")]
     trial = [*CANDIDATE, "seed", "label_noise"]
     without = last[last.flood_level == 0].set_index(trial)[ACCURACY]
-    chosen = choose_models(last, "noisy", trial).set_index(trial)
+    chosen = choose_models(last, "noisy", trial, ties).set_index(trial)
     figures = pd.DataFrame({"without": without, "with": chosen[ACCURACY], "b": chosen.flood_level})
     wide = figures.unstack("label_noise").reindex(columns=QUOTED.unstack().index)
     return wide.dropna().sort_index()

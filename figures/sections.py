@@ -168,11 +168,10 @@ def other_trials(raw: Raw) -> Section:
 
 def three_rules(raw: Raw) -> Section:
     """Whether it matters which of the levels that tie is taken."""
-    names = {"highest": "highest b", "lower loss": "lower validation loss", "lowest": "lowest b"}
     sides = {"gain": "without", "fair gain": "best start"}
     lines, significant = [], []
-    for ties in TIES:
-        line = {"ties go to": f"the {names[ties]}"}
+    for ties, name in TIES.items():
+        line = {"ties go to": f"the {name}"}
         for title, side in sides.items():
             if side not in raw.ways:
                 continue
@@ -310,6 +309,14 @@ def fixed_levels(raw: Raw) -> Section:
         f"The change from no flooding to the highest level, b = {top:g}, is "
         f"{verdict(raw.gain('top level', 'without'))}.",
     ]
+    noise = raw.levels.label_noise
+    between = noise[recount.entropy_rule(raw.levels) != recount.entropy_rule(raw.levels, digits=3)]
+    for p in between.unique():
+        sentences.append(
+            f"At {100 * p:g}% the entropy, {recount.entropy(p):.4f}, is midway between two levels; "
+            f"with the lower of them the gain over no flooding is "
+            f"{verdict(raw.gain('entropy or lower', 'without'))}."
+        )
     how = (
         "b = −p ln p − (1 − p) ln(1 − p) for a share p of flipped labels, known and fixed in "
         "advance, rounded to the grid of levels, the same in all trials: what it gains over no "

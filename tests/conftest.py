@@ -6,6 +6,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; small matrices,
 
 import importlib
 import io
+import re
 import shutil
 import signal
 import sys
@@ -86,7 +87,8 @@ class Folder:
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
-        return Result(status, output.getvalue(), errors.getvalue())
+        said = re.sub(r"\r[^\r\n]*", "", errors.getvalue())  # no bar: one that took long shows it
+        return Result(status, output.getvalue(), said)
 
     def succeed(self, script: str, *flags: object) -> str:
         """Run a script that has nothing to complain of; return what it prints."""

@@ -248,10 +248,12 @@ def test_data_out_of_the_plane_have_no_boundary(folder, monkeypatch):
     folder.succeed("plot.py")
     assert files(folder.path, "*.png") == drawn and set(drawn) == expected
     assert not [*folder.path.glob("*boundary*")]
-    for name in ("demo.json", "history.csv"):
-        (folder.path / name).write_text("{}")
-        said = folder.refuse("plot.py")
-        assert said.startswith("--output-dir .: a folder with the files of a demo (")
+    history, said = (folder.path / "history.csv").read_text(), []
+    for name, text in {"history.csv": history[:-200], "demo.json": "{}"}.items():
+        (folder.path / name).write_text(text)
+        said.append(folder.refuse("plot.py"))
+        assert said[-1].startswith("--output-dir .: a folder with the files of a demo (")
+    assert "history.csv is cut short" in said[0]
 
 
 def test_a_demo_that_diverges_keeps_its_finished_trials(folder, monkeypatch):
