@@ -329,6 +329,7 @@ SECTIONS: dict[str, tuple[Callable[[Raw], Section], tuple[str, ...]]] = {
     "b chosen on the other trials": (sections.other_trials, ("levels",)),
     "Three rules for ties": (sections.three_rules, ("levels",)),
     "Fewer flood levels": (sections.fewer_levels, ("levels", "candidates")),
+    "More or fewer trainings to choose from": (sections.more_trainings, ("levels", "starts")),
     "Dependence on the label noise": (sections.label_noise, ("levels",)),
     "Calibration": (sections.calibration, ("levels",)),
     "Accuracy and loss": (sections.accuracy_and_loss, ("levels",)),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import scipy.special
 import scipy.stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -60,6 +61,7 @@ FIRST_TRIALS, LAST_TRIALS, LEAD = 3, 10, 4  # of the rule that chooses the netwo
 FILES = {
     "levels": "table_synth_trials.csv",
     "starts": "table_synth_starts.csv",
+    "more_starts": "starts_*/table_synth_starts.csv",
     "candidates": "candidates/*/table_synth_trials.csv",
     "methods": "flood_on_*/table_synth_trials.csv",
     "ours": HISTORY_FILE,
@@ -70,13 +72,15 @@ FILES = {
 class Raw:
     """What is there of the raw figures; an empty table is a file that is not.
 
-    `levels` and `starts` are the table's and the fair search's, `candidates` those of all networks
-    that were tried, `methods` those with other losses flooded, by `flood_on`; `ours` and `authors`
-    the demo's last epoch, a row a seed and level. `ways` and `table` are made of levels and starts.
+    `levels` and `starts` are the table's and the fair search's, `more_starts` those of a search
+    with more of them in a few settings, `candidates` those of all networks that were tried,
+    `methods` those with other losses flooded, by `flood_on`; `ours` and `authors` the demo's last
+    epoch, a row a seed and level. `ways` and `table` are made of levels and starts.
     """
 
     levels: pd.DataFrame
     starts: pd.DataFrame
+    more_starts: pd.DataFrame
     candidates: pd.DataFrame
     methods: dict[str, pd.DataFrame]
     ours: pd.DataFrame
@@ -105,10 +109,10 @@ def read_raw(folder: Path) -> Raw:
         if read[name].seed.nunique() == 1:  # without an interval, or another trial to choose by
             read[name] = read[name][:0]
     levels, starts, methods = read["levels"], read["starts"], read["methods"]
-    check_trained_alike(levels, starts, methods)
+    check_trained_alike(levels, starts, read["more_starts"], methods)
     authors = json.loads((FIGURES / "authors_demo.json").read_text())["runs"]
     return Raw(
-        levels, starts, read["candidates"],
+        levels, starts, read["more_starts"], read["candidates"],
         methods=dict(iter(methods.groupby("flood_on"))) if len(methods) else {},
         ours=read["ours"],
         authors=pd.DataFrame(authors),
@@ -172,6 +176,21 @@ def list_ways(levels: pd.DataFrame, starts: pd.DataFrame) -> dict[str, pd.DataFr
         chosen["best start"] = choose_models(starts, "noisy", KEY, "lower loss")
     indexed = {way: rows.set_index(KEY) for way, rows in chosen.items()}
     return {way: rows.reindex(indexed["without"].index) for way, rows in indexed.items()}
+
+
+def expected_best(starts: pd.DataFrame, count: int) -> pd.Series:
+    """Return each trial's expected accuracy of the best of so many of its starts, drawn at random.
+
+    Best is chosen as everywhere. Of m starts, the one that is r-th best, from 0, is the best of
+    those that are drawn with the probability C(m - 1 - r, count - 1) / C(m, count).
+    """
+    order = {"val_accuracy_noisy": False, "val_loss_noisy": True, "start": True}
+    best_first = starts.sort_values([*order], ascending=[*order.values()], kind="stable")
+    trials = best_first.groupby(KEY, sort=False)
+    size, rank = trials.start.transform("size"), trials.cumcount()
+    comb = scipy.special.comb
+    weight = comb(size - 1 - rank, count - 1) / comb(size, count)
+    return best_first.assign(part=weight * best_first[ACCURACY]).groupby(KEY).part.sum()
 
 
 def choose_on_other_trials(levels: pd.DataFrame) -> pd.DataFrame:

@@ -224,6 +224,64 @@ def fewer_levels(raw: Raw) -> Section:
     return [sentence], [how, by_setting(columns)]
 
 
+def more_trainings(raw: Raw) -> Section:
+    """How the fair gain depends on how many levels, and starts, there are to choose from."""
+    grid = sorted(raw.levels.flood_level.unique())
+    steps = [step for step in range(len(grid) - 1, 0, -1) if (len(grid) - 1) % step == 0]
+    said, lines = {}, []
+    for step in steps:
+        few = raw.levels[raw.levels.flood_level.isin(grid[::step])]
+        flooded = results.choose_models(few, "noisy", KEY).set_index(KEY)[ACCURACY]
+        count = len(grid[::step])
+        single, best = (recount.expected_best(raw.starts, many) for many in (1, count))
+        gains = {
+            "levels over no flooding": flooded - raw.ways["without"][ACCURACY],
+            "starts over one": best - single,
+            "fair gain": flooded - best,
+        }
+        line = {"trainings": str(count)}
+        for epoch, letter in LETTERS.items():
+            for title, gain_of in gains.items():
+                line[f"{letter}: {title}"] = average(counted(gain_of.dropna(), epoch))
+        said[count] = line
+        lines.append(
+            {title: text.removesuffix(" points on average") for title, text in line.items()}
+        )
+    counts = ", ".join(map(str, said))
+
+    def say(epoch: str) -> str:
+        title = f"{LETTERS[epoch]}: fair gain"
+        return ", ".join(line[title].split()[0] for line in said.values())
+
+    sentences = [
+        f"Chosen from {counts} flood levels, flooding gains over the best of as many trainings "
+        f"without it, in points on average, {of_both(say)}."
+    ]
+    for setting, starts in raw.more_starts.groupby(recount.DATA):
+        best = results.choose_models(starts, "noisy", KEY, "lower loss").set_index(KEY)
+        gains = summarize(gain(raw.ways["highest"], best))
+        data = pd.Series(setting, recount.DATA)
+        name = (
+            f"{name_of(data.dataset, data.spiral_noise)}, {100 * data.label_noise:g}% label noise"
+        )
+
+        def say_more(epoch: str, gains: pd.DataFrame = gains) -> str:
+            return ", ".join(shown(gains.xs(epoch, level="scored_epoch"), p="p_adjusted"))
+
+        sentences.append(
+            f"On {name}, flooding with {len(grid)} levels gains over the best of "
+            f"{starts.start.nunique()} trainings without it, in points, {of_both(say_more)}."
+        )
+    how = (
+        "The more trainings there are to choose from, the better is the chosen one. Below are "
+        "gains in points, on average over the settings, from so many equally spaced flood levels "
+        "(0 and the highest among them), and as much as is expected of the best of so many starts "
+        "without flooding, drawn at random from those that a trial has; the last is the fair "
+        "search. The levels soon have all that there is to gain, the starts go on."
+    )
+    return sentences, [how, table_rows(lines)]
+
+
 def label_noise(raw: Raw) -> Section:
     """What more label noise changes."""
     chosen, without = raw.ways["highest"], raw.ways["without"]

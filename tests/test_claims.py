@@ -4,7 +4,7 @@ import json
 import math
 import re
 import sys
-from itertools import product
+from itertools import combinations, product
 from types import SimpleNamespace
 
 import numpy as np
@@ -89,6 +89,24 @@ def test_each_way_of_choosing():
             assert [*ways[way].xs(trial, level="seed")[ACCURACY]] == [accuracy] * 2, way
     share = np.mean([(v == max(v)).sum() > 1 for v in val])
     assert [*recount.share_of_ties(trials)] == pytest.approx([share, share])
+
+
+def test_the_best_of_some_starts_is_the_mean_over_all_ways_to_draw_them():
+    models = [(start, 0.0) for start in range(6)]
+    generator = np.random.default_rng(2)
+    val, test = generator.choice([0.7, 0.8], (4, 6)), generator.random((4, 6))
+    loss = generator.choice([0.1, 0.2], (4, 6))
+    starts = made(val, test, models, val_loss_noisy=np.tile(loss.ravel(), 2))
+    for count in (1, 2, 5, 6):
+        expected = [
+            np.mean([
+                test[trial][max(drawn, key=lambda k: (val[trial][k], -loss[trial][k], -k))]
+                for drawn in combinations(range(6), count)
+            ])
+            for trial in range(4)
+        ]  # fmt: skip
+        found = recount.expected_best(starts, count).xs("best", level="scored_epoch")
+        assert [*found.sort_index(level="seed")] == pytest.approx(expected)
 
 
 def test_fewer_levels_are_every_fifth():
@@ -205,6 +223,9 @@ def test_all_sections_on_made_up_figures(tmp_path, monkeypatch, capsys):
     files = {name: pd.concat([levels, spiral]), fair_name: pd.concat([starts, searched])}
     methods = levels[(levels.seed < 3) & (levels.label_noise < 0.1)]
     files |= {f"candidates/a/{name}": levels, f"flood_on_example/{name}": methods}
+    val, test = np.random.default_rng(4).random((2, 10, 5))
+    more = made(val, test, [(start, 0.0) for start in range(5)], noise=0.1)
+    files[f"starts_5/{fair_name}"] = more
     files["history.csv"] = recount.read_raw(FIGURES).authors.assign(epoch=200)
     of_demo = json.loads((FIGURES / "demo.json").read_text()) | {"flood_levels": [0, 0.26]}
     (tmp_path / "demo.json").write_text(json.dumps(of_demo))
@@ -216,11 +237,17 @@ def test_all_sections_on_made_up_figures(tmp_path, monkeypatch, capsys):
     written, printed = (tmp_path / "RESULTS.md").read_text(), capsys.readouterr().out
     assert "nan" not in written and "Not here yet" not in written
     sentences = [line.removeprefix("- ") for line in printed.splitlines()[1:]]
-    assert len(sentences) == 21 and all(one in " ".join(written.split()) for one in sentences)
+    assert len(sentences) == 23 and all(one in " ".join(written.split()) for one in sentences)
     on_spiral = [one for one in sentences if one.startswith("On the spiral with τ = 1 and ")]
     assert "1 and 1%, 10% label noise flooding gains over no flooding, in points" in on_spiral[0]
     assert "1 and 10% label noise flooding gains over the best of 3 trainings" in on_spiral[1]
-    gains = recount.read_raw(tmp_path).over("highest", "best start").xs(1.0, level="spiral_noise")
+    raw = recount.read_raw(tmp_path)
+    key = {"dataset": "gaussian", "label_noise": 0.1, "scored_epoch": "best"}
+    flooded = raw.ways["highest"].xs((*key.values(),), level=[*key])[ACCURACY].mean()
+    change = number(100 * (flooded - test[range(10), val.argmax(axis=1)].mean()), sign=True)
+    [said] = [one for one in sentences if one.startswith("On gaussian, 10% label noise, ")]
+    assert "with 3 levels gains over the best of 5 trainings" in said and f"B {change} [" in said
+    gains = raw.over("highest", "best start").xs(1.0, level="spiral_noise")
     a, b = (number(100 * mean, sign=True) for mean in gains["mean"])
     assert f"in A {a} [" in on_spiral[1] and f"; in B {b} [" in on_spiral[1]
     assert "87.2 ± 2.3% with no flooding (authors' 87.2 ± 2.3%, difference +0.0 [" in printed
