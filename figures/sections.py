@@ -277,7 +277,7 @@ def more_trainings(raw: Raw) -> Section:
         "gains in points, on average over the settings, from so many equally spaced flood levels "
         "(0 and the highest among them), and as much as is expected of the best of so many starts "
         "without flooding, drawn at random from those that a trial has; the last is the fair "
-        "search. The levels soon have all that there is to gain, the starts go on."
+        "search."
     )
     return sentences, [how, table_rows(lines)]
 
