@@ -146,8 +146,11 @@ def by_other_ties(candidates: pd.DataFrame) -> list[str]:
         total = recount.distances(figures).sum(axis=1)
         text = f"the {name}: {describe(order[0])} ({total[order[0]]:.1f}"
         if order[0] != taken:
-            why = "" if taken in order else ", but not among the two nearest after three trials"
-            text += f"; {describe(taken)}: {total[taken]:.1f}{why}"
+            text += f"; {describe(taken)}: {total[taken]:.1f}"
+            if taken not in order:
+                text += ", but not among the two nearest after three trials"
+            if order[0] == recount.RELEASED and total[order[0]] - total[taken] < recount.LEAD:
+                text += ", and a difference below 4 goes to the released one"
         texts.append(f"{text})")
     rest = "; ".join(texts)
     return [f"What the rule takes hangs on which of the levels that tie is taken; {rest}."]
@@ -264,14 +267,14 @@ def methods(raw: Raw) -> Section:
         sentences.append(
             f"The change of accuracy from `--flood-on batch` to `{name}` is {verdict(by_trial)}."
         )
-        top, alone, of_batches = (
+        top, top_untied, top_of_batch = (
             counted(way, "last").flood_level == levels.max()
             for way in (other, of_other["lowest"], batch)
         )
         sentences.append(
             f"In A {sum(top)} of {len(top)} trials choose the highest level, b = "
-            f"{levels.max():g}, with `{name}` ({sum(top) - sum(alone)} of them as the highest of "
-            f"levels that tie), and {sum(of_batches)} with `batch`"
+            f"{levels.max():g}, with `{name}` ({sum(top) - sum(top_untied)} of them as the highest "
+            f"of levels that tie), and {sum(top_of_batch)} with `batch`"
             + (": a higher one may do better." if sum(top) else ".")
         )
         paragraphs.append(

@@ -100,7 +100,7 @@ class Raw:
 def read_raw(folder: Path) -> Raw:
     """Read all raw figures that a folder has; those of table and demo, if they have two trials.
 
-    Raises TrialsError for a file that is cut short or was trained with something else.
+    Raises TrialsError for a file that is cut short within a trial or trained with something else.
     """
     tables = [name for name in FILES if name != "ours"]
     read = {name: read_all(sorted(folder.glob(FILES[name]))) for name in tables}
@@ -131,12 +131,16 @@ def read_demo(folder: Path) -> pd.DataFrame:
     """Read the last epoch of a demo that is trained as the authors'; no rows where none is."""
     if not (folder / HISTORY_FILE).exists():
         return pd.DataFrame(columns=["seed"])
-    trained, asked = (json.loads((of / SETTINGS_FILE).read_text()) for of in (folder, FIGURES))
-    for name in {*DATA, *SHARED} - {"version"}:
-        if trained[name] != asked[name]:
-            reason = f"{name} is {trained[name]}, and the authors' demo has {asked[name]}"
-            raise TrialsError(f"{folder / SETTINGS_FILE}: {reason}")
-    history = read_csv(folder / HISTORY_FILE)
+    try:
+        trained, asked = (json.loads((of / SETTINGS_FILE).read_text()) for of in (folder, FIGURES))
+        differ = [name for name in (*DATA, *SHARED[:-1]) if trained[name] != asked[name]]
+        history = read_csv(folder / HISTORY_FILE)
+    except (ValueError, KeyError) as error:  # pandas' and JSON's own errors are ValueErrors
+        raise TrialsError(f"{folder}: cannot be read as a demo ({error})") from error
+    if differ or not {0.0, 0.26} <= {*trained["flood_levels"]}:
+        name = differ[0] if differ else "flood_levels"
+        reason = f"{name} is {trained[name]}, and the authors' demo has {asked[name]}"
+        raise TrialsError(f"{folder / SETTINGS_FILE}: {reason}")
     last = history[history.epoch == trained["epochs"]]
     rows = trained["trials"] * len(trained["flood_levels"])
     if len(last) != rows or last.isna().any(axis=None):
@@ -159,8 +163,7 @@ def list_ways(levels: pd.DataFrame, starts: pd.DataFrame) -> dict[str, pd.DataFr
     - highest, lower loss, lowest: best validation accuracy, by the three rules for ties
     - validation loss: lowest validation loss
     - other trials: see `choose_on_other_trials`
-    - entropy, entropy or lower: see `entropy_rule`; the second takes levels as equally near if
-      they are so to a thousandth of a nat
+    - entropy, entropy or lower: see `entropy_rule`, with distances of 9 and of 3 digits
     - top level: the highest level of all
     - best start: the best network without flooding, ties to the lower validation loss
     """
@@ -188,6 +191,8 @@ def expected_best(starts: pd.DataFrame, count: int) -> pd.Series:
     best_first = starts.sort_values([*order], ascending=[*order.values()], kind="stable")
     trials = best_first.groupby(KEY, sort=False)
     size, rank = trials.start.transform("size"), trials.cumcount()
+    if (size < count).any():
+        raise TrialsError(f"the best of {count} starts is asked for, and a trial has {min(size)}")
     comb = scipy.special.comb
     weight = comb(size - 1 - rank, count - 1) / comb(size, count)
     return best_first.assign(part=weight * best_first[ACCURACY]).groupby(KEY).part.sum()
@@ -220,7 +225,7 @@ def entropy(share: pd.Series) -> pd.Series:
 def entropy_rule(levels: pd.DataFrame, digits: int = 9) -> pd.Series:
     """Return, for each row, the level that is nearest to the entropy of its label noise.
 
-    It is the lower of two whose distances are the same, rounded to so many digits.
+    Distances are compared after rounding to so many digits; of equals it is the lower level.
     """
     grid, noise = np.sort(levels.flood_level.unique()), levels.label_noise.unique()
     nearest = {p: grid[abs(grid - entropy(p)).round(digits).argmin()] for p in noise}

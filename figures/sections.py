@@ -227,59 +227,66 @@ def fewer_levels(raw: Raw) -> Section:
 def more_trainings(raw: Raw) -> Section:
     """How the fair gain depends on how many levels, and starts, there are to choose from."""
     grid = sorted(raw.levels.flood_level.unique())
-    steps = [step for step in range(len(grid) - 1, 0, -1) if (len(grid) - 1) % step == 0]
-    said, lines = {}, []
-    for step in steps:
+    single = recount.expected_best(raw.starts, 1)
+    fair_gains, lines = {}, []
+    for step in range(len(grid) - 1, 0, -1):
+        if (len(grid) - 1) % step:
+            continue
         few = raw.levels[raw.levels.flood_level.isin(grid[::step])]
         flooded = results.choose_models(few, "noisy", KEY).set_index(KEY)[ACCURACY]
-        count = len(grid[::step])
-        single, best = (recount.expected_best(raw.starts, many) for many in (1, count))
-        gains = {
-            "levels over no flooding": flooded - raw.ways["without"][ACCURACY],
-            "starts over one": best - single,
-            "fair gain": flooded - best,
-        }
-        line = {"trainings": str(count)}
+        best = recount.expected_best(raw.starts, len(grid[::step]))
+        fair_gains[len(grid[::step])] = (flooded - best).dropna()
+        gains = {"levels over one start": flooded - single, "starts over one": best - single}
+        gains["fair gain"] = flooded - best
+        line = {"trainings": str(len(grid[::step]))}
         for epoch, letter in LETTERS.items():
-            for title, gain_of in gains.items():
-                line[f"{letter}: {title}"] = average(counted(gain_of.dropna(), epoch))
-        said[count] = line
-        lines.append(
-            {title: text.removesuffix(" points on average") for title, text in line.items()}
-        )
-    counts = ", ".join(map(str, said))
+            for title, values in gains.items():
+                text = average(counted(values.dropna(), epoch))
+                line[f"{letter}: {title}"] = text.removesuffix(" points on average")
+        lines.append(line)
 
     def say(epoch: str) -> str:
-        title = f"{LETTERS[epoch]}: fair gain"
-        return ", ".join(line[title].split()[0] for line in said.values())
+        means = (100 * counted(gains, epoch).mean() for gains in fair_gains.values())
+        return ", ".join(number(mean, sign=True) for mean in means)
 
-    sentences = [
-        f"Chosen from {counts} flood levels, flooding gains over the best of as many trainings "
-        f"without it, in points on average, {of_both(say)}."
-    ]
-    for setting, starts in raw.more_starts.groupby(recount.DATA):
-        best = results.choose_models(starts, "noisy", KEY, "lower loss").set_index(KEY)
-        gains = summarize(gain(raw.ways["highest"], best))
-        data = pd.Series(setting, recount.DATA)
-        name = (
-            f"{name_of(data.dataset, data.spiral_noise)}, {100 * data.label_noise:g}% label noise"
-        )
-
-        def say_more(epoch: str, gains: pd.DataFrame = gains) -> str:
-            return ", ".join(shown(gains.xs(epoch, level="scored_epoch"), p="p_adjusted"))
-
-        sentences.append(
-            f"On {name}, flooding with {len(grid)} levels gains over the best of "
-            f"{starts.start.nunique()} trainings without it, in points, {of_both(say_more)}."
-        )
+    counts = ", ".join(map(str, fair_gains))
+    sentence = (
+        f"Chosen from {counts} equally spaced flood levels from 0 to {grid[-1]:g}, flooding gains "
+        f"over what is expected of the best of as many trainings without it, in points on average, "
+        f"{of_both(say)}."
+    )
     how = (
         "The more trainings there are to choose from, the better is the chosen one. Below are "
-        "gains in points, on average over the settings, from so many equally spaced flood levels "
-        "(0 and the highest among them), and as much as is expected of the best of so many starts "
-        "without flooding, drawn at random from those that a trial has; the last is the fair "
-        "search."
+        "gains in points, on average over the settings: of so many flood levels over a single "
+        "start without flooding; of the best of so many starts over a single one; and of the first "
+        "over the second. Fewer starts than all are drawn at random from those that a trial has: "
+        "what is expected of them is a mean over all ways to draw, so that its intervals are "
+        "narrower than those of one such search. The last line is the fair search."
     )
-    return sentences, [how, table_rows(lines)]
+    return [sentence, *over_more_starts(raw)], [how, table_rows(lines)]
+
+
+def over_more_starts(raw: Raw) -> list[str]:
+    """Say what flooding gains over the best of more starts, in the settings that have them."""
+    sentences = []
+    for setting, starts in raw.more_starts.groupby(recount.DATA):
+        best = results.choose_models(starts, "noisy", KEY, "lower loss").set_index(KEY)
+        gains = gain(raw.ways["highest"], best).dropna()
+        if gains.empty:
+            raise results.TrialsError(f"more starts of {setting}: the table has no such trial")
+        summary = summarize(gains)
+
+        def say(epoch: str, summary: pd.DataFrame = summary) -> str:
+            return ", ".join(shown(summary.xs(epoch, level="scored_epoch"), p="p_adjusted"))
+
+        data = pd.Series(setting, recount.DATA)
+        name = f"{name_of(data.dataset, data.spiral_noise)}, {100 * data.label_noise:g}%"
+        sentences.append(
+            f"On {name} label noise, flooding with {raw.levels.flood_level.nunique()} levels gains "
+            f"over the best of {starts.start.nunique()} trainings without it, in points, "
+            f"{of_both(say)}; p {adjusted(summary)}."
+        )
+    return sentences
 
 
 def label_noise(raw: Raw) -> Section:
@@ -369,10 +376,11 @@ def fixed_levels(raw: Raw) -> Section:
     ]
     noise = raw.levels.label_noise
     between = noise[recount.entropy_rule(raw.levels) != recount.entropy_rule(raw.levels, digits=3)]
-    for p in between.unique():
+    if len(between):
+        where = ", ".join(f"{100 * p:g}% ({recount.entropy(p):.4f})" for p in between.unique())
         sentences.append(
-            f"At {100 * p:g}% the entropy, {recount.entropy(p):.4f}, is midway between two levels; "
-            f"with the lower of them the gain over no flooding is "
+            f"At {where} the entropy is midway between two levels; with the lower of them there, "
+            f"flooding gains over no flooding, in all settings, "
             f"{verdict(raw.gain('entropy or lower', 'without'))}."
         )
     how = (

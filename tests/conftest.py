@@ -87,7 +87,7 @@ class Folder:
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
-        said = re.sub(r"\r[^\r\n]*", "", errors.getvalue())  # no bar: one that took long shows it
+        said = re.sub(r"[^\r\n]*\r *", "", errors.getvalue())  # no bar, which slow ones show
         return Result(status, output.getvalue(), said)
 
     def succeed(self, script: str, *flags: object) -> str:

@@ -109,6 +109,15 @@ def test_the_best_of_some_starts_is_the_mean_over_all_ways_to_draw_them():
         assert [*found.sort_index(level="seed")] == pytest.approx(expected)
 
 
+def best_of_two(trial: pd.DataFrame) -> float:
+    """Expected of two starts that are drawn of a trial's, ties to the first."""
+    rows = trial.sort_values("start").to_dict("records")
+    pairs = combinations(rows, 2)
+    return np.mean(
+        [max(pair, key=lambda row: row["val_accuracy_noisy"])[ACCURACY] for pair in pairs]
+    )
+
+
 def test_fewer_levels_are_every_fifth():
     generator = np.random.default_rng(3)
     val, test = generator.choice([0.7, 0.8, 0.9], (10, 11)), generator.random((10, 11))
@@ -130,6 +139,7 @@ def test_the_entropy_rule():
         rows = product(np.linspace(0, 0.5, levels).round(2), noise)
         rows = pd.DataFrame(rows, columns=["flood_level", "label_noise"])
         assert [*recount.entropy_rule(rows).unique()] == nearest
+    assert [*recount.entropy_rule(rows, digits=3).unique()] == [0.05, 0.2, 0.3]  # of 0.325083
 
 
 def test_change_with_noise_calibration_and_welchs_interval():
@@ -171,6 +181,8 @@ def test_the_distance():
     raw.loc[raw.scored_epoch == "best", ACCURACY] = 0
     [row] = recount.candidate_figures(raw).to_numpy().tolist()  # a trial that has all nine
     assert row == [0.90] * 3 + [0.92] * 3 + [0.2] * 3
+    [row] = recount.candidate_figures(raw, "lowest").to_numpy().tolist()
+    assert row == [0.90] * 3 + [0.91] * 3 + [0.1] * 3
 
 
 def test_the_rule_that_chooses_the_network():
@@ -247,6 +259,18 @@ def test_all_sections_on_made_up_figures(tmp_path, monkeypatch, capsys):
     change = number(100 * (flooded - test[range(10), val.argmax(axis=1)].mean()), sign=True)
     [said] = [one for one in sentences if one.startswith("On gaussian, 10% label noise, ")]
     assert "with 3 levels gains over the best of 5 trainings" in said and f"B {change} [" in said
+    fair = raw.gain("highest", "best start")
+    [said] = [one for one in sentences if one.startswith("Chosen from 2, 3 equally spaced flood")]
+    for letter, epoch in (("A", "last"), ("B", "best")):
+        mean = number(100 * sections.counted(fair, epoch).mean(), sign=True)
+        assert re.search(rf"in {letter} \S+, {re.escape(mean)}[;.]", said)
+        few = levels[levels.flood_level != 0.1].query("scored_epoch == @epoch")
+        few = few.sort_values(["val_accuracy_noisy", "flood_level"]).drop_duplicates(
+            KEY, keep="last"
+        )
+        two = starts.query("scored_epoch == @epoch").groupby(KEY).apply(best_of_two)
+        mean = number(100 * (few[ACCURACY].mean() - two.mean()), sign=True)
+        assert f"in {letter} {mean}, " in said
     gains = raw.over("highest", "best start").xs(1.0, level="spiral_noise")
     a, b = (number(100 * mean, sign=True) for mean in gains["mean"])
     assert f"in A {a} [" in on_spiral[1] and f"; in B {b} [" in on_spiral[1]
