@@ -262,7 +262,7 @@ def more_trainings(raw: Raw) -> Section:
         "over the second. Fewer starts than all are drawn at random from those that a trial has: "
         "what is expected of them is a mean over all ways to draw, so that its intervals are "
         "narrower than those of one such search. The last line is the fair search. More starts are "
-        "those of the same command with `--flood-step 0.01` for this setting, in `figures/starts_51`."
+        "of the same command with `--flood-step 0.01`, in a folder like `figures/starts_51`."
     )
     return [sentence, *over_more_starts(raw)], [how, table_rows(lines)]
 
