@@ -286,8 +286,9 @@ def add_trials(*trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_files(files: Files, directory: Path) -> list[Path]:
-    """Write files into a folder that is there; they are moved into place when all are whole."""
+    """Write files into a folder, made if need be; they are moved into place when all are whole."""
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as folder:
             for name, content in files.items():
                 if isinstance(content, pd.DataFrame):

@@ -50,9 +50,9 @@ COLORS = ["#d55e00", "#6baed6", "#2171b5", "#08306b"]  # without flooding, then 
 
 # Metrics as the charts show them, what is flooded first; their titles may be cut after 12 letters.
 NAMES = {"train_batch_loss": "batch/loss", "train_flooded_fraction_so_far": "batch/share_below_b"}
-for split, labels in itertools.product(SPLITS, ("clean", "noisy")):
-    NAMES[f"{split}_loss_{labels}"] = f"{split}/loss_{labels}"
-    NAMES[f"{split}_accuracy_{labels}"] = f"{split}/{labels}_accuracy"
+for _split, _labels in itertools.product(SPLITS, ("clean", "noisy")):
+    NAMES[f"{_split}_loss_{_labels}"] = f"{_split}/loss_{_labels}"
+    NAMES[f"{_split}_accuracy_{_labels}"] = f"{_split}/{_labels}_accuracy"
 BEST_NAMES = {"epoch": "best/epoch", "val_accuracy_noisy": "best/val_noisy_accuracy"}
 BEST_NAMES |= {k: v.replace("test", "best") for k, v in NAMES.items() if k.startswith("test")}
 

@@ -88,6 +88,7 @@ def train(
         DivergenceError: a loss is not finite any more.
     """
     check_flood_levels(models.flood_level)
+    training = training.filled()
     scored = {name: to_device(getattr(data, name), network) for name in splits}
     epochs = train_epochs(network, data.train, models.flood_level, training, generator)
     for epoch, batch_loss, flooded_fraction in epochs:
@@ -211,8 +212,9 @@ def score_last_and_best(
     best, best_network = last.copy(), network.select(range(network.copies))
     for last in epochs:
         improved = np.flatnonzero(last.val_accuracy_noisy > best.val_accuracy_noisy)
-        best.iloc[improved] = last.iloc[improved]
-        best_network.update(network, improved)
+        if len(improved):
+            best.iloc[improved] = last.iloc[improved]
+            best_network.update(network, improved)
     splits = {name: to_device(getattr(data, name), network) for name in SPLITS[1:]}
     rows = []
     for name, metrics, scored in zip(SCORED_EPOCHS, (last, best), (network, best_network)):

@@ -66,9 +66,8 @@ noise it had 81.7 with b = 0.46 where 83.59 with 0.32 is quoted."""
 SPIRAL = """\
 Without spiral noise (τ = 0, as in the authors' launcher) the spiral's inputs are the same in every
 trial, and its validation inputs are its training inputs, which are 1% of the test inputs, too;
-labels are flipped anew. The fair search
-with τ = 1 was added when all other figures were known, and its p-values are adjusted with theirs:
-before it there were 18 comparisons."""
+labels are flipped anew. The fair search with τ = 1 was added when all other figures were known, and
+its p-values are adjusted with theirs: before it there were 18 comparisons."""
 NETWORKS = {
     (4, True): "4 hidden layers with batch norm (released)",
     (5, True): "5 hidden layers with batch norm",

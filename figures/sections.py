@@ -232,13 +232,13 @@ def more_trainings(raw: Raw) -> Section:
     for step in range(len(grid) - 1, 0, -1):
         if (len(grid) - 1) % step:
             continue
-        few = raw.levels[raw.levels.flood_level.isin(grid[::step])]
+        levels = grid[::step]
+        few = raw.levels[raw.levels.flood_level.isin(levels)]
         flooded = results.choose_models(few, "noisy", KEY).set_index(KEY)[ACCURACY]
-        best = recount.expected_best(raw.starts, len(grid[::step]))
-        fair_gains[len(grid[::step])] = (flooded - best).dropna()
+        best = recount.expected_best(raw.starts, len(levels))
         gains = {"levels over one start": flooded - single, "starts over one": best - single}
-        gains["fair gain"] = flooded - best
-        line = {"trainings": str(len(grid[::step]))}
+        gains["fair gain"] = fair_gains[len(levels)] = flooded - best
+        line = {"trainings": str(len(levels))}
         for epoch, letter in LETTERS.items():
             for title, values in gains.items():
                 text = average(counted(values.dropna(), epoch))

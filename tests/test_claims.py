@@ -109,15 +109,6 @@ def test_the_best_of_some_starts_is_the_mean_over_all_ways_to_draw_them():
         assert [*found.sort_index(level="seed")] == pytest.approx(expected)
 
 
-def best_of_two(trial: pd.DataFrame) -> float:
-    """Expected of two starts that are drawn of a trial's, ties to the first."""
-    rows = trial.sort_values("start").to_dict("records")
-    pairs = combinations(rows, 2)
-    return np.mean(
-        [max(pair, key=lambda row: row["val_accuracy_noisy"])[ACCURACY] for pair in pairs]
-    )
-
-
 def test_fewer_levels_are_every_fifth():
     generator = np.random.default_rng(3)
     val, test = generator.choice([0.7, 0.8, 0.9], (10, 11)), generator.random((10, 11))
@@ -268,7 +259,7 @@ def test_all_sections_on_made_up_figures(tmp_path, monkeypatch, capsys):
         few = few.sort_values(["val_accuracy_noisy", "flood_level"]).drop_duplicates(
             KEY, keep="last"
         )
-        two = starts.query("scored_epoch == @epoch").groupby(KEY).apply(best_of_two)
+        two = recount.expected_best(starts, 2).xs(epoch, level="scored_epoch")
         mean = number(100 * (few[ACCURACY].mean() - two.mean()), sign=True)
         assert f"in {letter} {mean}, " in said
     gains = raw.over("highest", "best start").xs(1.0, level="spiral_noise")

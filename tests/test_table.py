@@ -231,10 +231,12 @@ def test_files_that_do_not_fit_are_refused(whole, folder, monkeypatch):
     for spoiled, said in (
         (raw.drop(columns="val_loss_noisy"), "cannot be read as raw figures"),
         (raw.replace({"test_loss_noisy": {raw.test_loss_noisy[0]: "x"}}), "cannot be read as"),
+        (text + text, "cannot be read as raw figures"),  # with its titles once more
         (text[:-150], "is cut short, figures are missing"),
         (raw.iloc[:0], "is cut short, figures are missing"),
         (raw.assign(version=1), "version is 1, and 2 is asked for"),
         (raw.assign(flood_on="example"), "flood_on is example, and batch is asked for"),
+        (raw.iloc[:-1], cut),
         (raw.replace({"flood_level": {0.3: 0.31}}), cut),
         (pd.concat([raw, raw.assign(test_loss_noisy=9.0)]), cut),
     ):
